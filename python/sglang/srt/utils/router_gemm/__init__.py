@@ -1,0 +1,12 @@
+"""The router GEMM of DeepSeek-V3-class models: logits = hidden_states @ weight.T.
+
+The data goes one way:
+
+    gate    sglang/srt/models/deepseek_v2_gate.py   describes a call, asks the policy
+    policy  policy.py                               one pure function over plain values
+    op      ops.py                                  custom ops, safe under torch.compile
+    kernel  kernels.py                              FlashInfer, sgl-kernel, cuBLAS
+
+`call.py` holds the plain values of one call and `environ.py` the two environment
+variables.
+"""

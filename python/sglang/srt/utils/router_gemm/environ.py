@@ -1,0 +1,49 @@
+"""The two environment variables of the router GEMM, in SGLang's own `EnvField` types."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import torch
+
+from sglang.srt.environ import EnvBool, EnvField, EnvStr
+from sglang.srt.utils.router_gemm.policy import BACKENDS
+
+_Field = TypeVar("_Field", bound=EnvField)
+
+
+def _named(name: str, field: _Field) -> _Field:
+    # SGLang's registry class names its fields through __set_name__ and then closes
+    # that door; fields that live outside of it are named by hand.
+    field.name = name
+    return field
+
+
+SGLANG_ROUTER_GEMM_BACKEND: EnvStr = _named("SGLANG_ROUTER_GEMM_BACKEND", EnvStr("auto"))
+SGLANG_ROUTER_GEMM_PDL: EnvBool = _named("SGLANG_ROUTER_GEMM_PDL", EnvBool(None))
+
+
+@torch.compiler.assume_constant_result
+def requested_backend() -> str:
+    """The backend that `SGLANG_ROUTER_GEMM_BACKEND` asks for, one of `BACKENDS`.
+
+    Raises:
+        ValueError: the variable holds another name.
+    """
+    name: str = SGLANG_ROUTER_GEMM_BACKEND.get()
+    if name not in BACKENDS:
+        raise ValueError(
+            f"SGLANG_ROUTER_GEMM_BACKEND is {name!r}, must be one of {', '.join(BACKENDS)}"
+        )
+    return name
+
+
+def pdl_enabled() -> bool:
+    """Whether the router GEMM is launched with programmatic dependent launch.
+
+    `SGLANG_ROUTER_GEMM_PDL` decides; unset (or not a boolean, which `EnvBool` warns
+    of), SGLang's own switch `TRTLLM_ENABLE_PDL=0` turns PDL off. The default is on.
+    """
+    value: bool | None = SGLANG_ROUTER_GEMM_PDL.get()
+    return os.environ.get("TRTLLM_ENABLE_PDL") != "0" if value is None else value

@@ -1,0 +1,180 @@
+"""The kernels behind the ops: what is installed, loading it, running it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from sglang.srt.utils.router_gemm.call import device_sm
+from sglang.srt.utils.router_gemm.policy import RULES
+
+logger = logging.getLogger(__name__)
+
+FLASHINFER_KERNEL = "mm_M1_16_K7168_N256"
+
+# The largest relative error against fp64 at which a kernel that was just loaded is
+# believed. fp32 accumulation over K = 7168 gives about 1e-7 (test/srt/results/).
+_MAX_RELATIVE_ERROR = 1e-6
+
+# Why FlashInfer's kernel cannot be called, by CUDA device index; None once it can.
+_flashinfer_loaded: dict[int, str | None] = {}
+
+
+def matmul_fp32(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`hidden_states @ weight.T` in fp32: `[M, K]` and `[N, K]` give `[M, N]`.
+
+    16-bit operands on a CUDA device go to cuBLAS as they are and are accumulated and
+    returned in fp32. Elsewhere `torch.mm` has no `out_dtype`, and both are widened.
+    """
+    if hidden_states.is_cuda and hidden_states.dtype == weight.dtype != torch.float32:
+        return torch.mm(hidden_states, weight.t(), out_dtype=torch.float32, out=out)
+    return torch.mm(hidden_states.float(), weight.float().t(), out=out)
+
+
+@functools.cache
+def _import(
+    module: str, attribute: str, distribution: str
+) -> tuple[Callable[..., Any] | None, str]:
+    """The attribute and "", or None and the reason why it is not there."""
+    try:
+        installed = f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:
+        return None, f"{distribution} is not installed"
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # a broken install raises anything: OSError, RuntimeError
+        return None, f"{installed} cannot be imported ({_first_line(error)})"
+    return found, "" if found is not None else f"{installed} has no {attribute}"
+
+
+def _flashinfer() -> tuple[Callable[..., Any] | None, str]:
+    return _import("flashinfer.gemm", FLASHINFER_KERNEL, "flashinfer-python")
+
+
+def _sgl_kernel() -> tuple[Callable[..., Any] | None, str]:
+    return _import("sgl_kernel", "dsv3_router_gemm", "sglang-kernel")
+
+
+def missing(backend: str, sm: int | None) -> str | None:
+    """Why the installed packages have no kernel of `backend` for `sm`; None if they have.
+
+    This asks the packages only. Whether the kernel is also built and loaded on a
+    device, `unavailable` says.
+    """
+    if backend == "flashinfer":
+        kernel, reason = _flashinfer()
+        if kernel is None:
+            return reason
+        declares = getattr(kernel, "is_compute_capability_supported", lambda sm: False)
+        if not declares(sm):
+            return f"flashinfer-python {version('flashinfer-python')} does not declare SM {sm}"
+    elif backend == "sgl_kernel":
+        kernel, reason = _sgl_kernel()
+        if kernel is None:
+            return reason
+    return None
+
+
+@torch.compiler.assume_constant_result
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why the kernel of `backend` cannot be called on `device` now; None if it can."""
+    if device.type != "cuda":
+        return None if backend == "torch" else "no CUDA device"
+    if backend == "flashinfer":
+        return _flashinfer_loaded.get(device.index, "its kernel was not loaded with the model")
+    return missing(backend, device_sm(device.type, device.index))
+
+
+def load(backend: str, device: torch.device) -> None:
+    """Builds (where it must be) and loads the kernel of `backend` on a CUDA device.
+
+    FlashInfer compiles its kernel with nvcc on first use. This is where that happens:
+    while the model loads, never on a request, never in a CUDA-graph capture. Several
+    processes may call it at once: FlashInfer builds behind a file lock, so that one
+    compiles and the others wait. It never raises; a failure is one warning, and the
+    backend stays unavailable.
+    """
+    if backend != "flashinfer" or device.index in _flashinfer_loaded:
+        return
+    sm = device_sm(device.type, device.index)
+    logger.info(
+        "Router GEMM: loading FlashInfer's %s for SM %s; the first start builds it with nvcc, "
+        "which takes about a minute.",
+        FLASHINFER_KERNEL,
+        sm,
+    )
+    started = time.perf_counter()
+    try:
+        _check_on_every_m(device)
+    except Exception as error:  # whatever nvcc, ninja, the driver or FlashInfer raise
+        _flashinfer_loaded[device.index] = f"its kernel did not load ({_first_line(error)})"
+        logger.warning(
+            "Router GEMM: FlashInfer's kernel did not load, SGLang's own path is used instead. "
+            "FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set "
+            "CUDA_HOME, or install FlashInfer's prebuilt kernels (flashinfer-jit-cache). "
+            "The error was: %s",
+            error,
+        )
+        return
+    _flashinfer_loaded[device.index] = None
+    logger.info(
+        "Router GEMM: FlashInfer's %s is ready after %.1f s.",
+        FLASHINFER_KERNEL,
+        time.perf_counter() - started,
+    )
+
+
+def _check_on_every_m(device: torch.device) -> None:
+    """Runs the kernel once for each M: CUDA loads each instantiation at its first launch."""
+    rule = RULES["flashinfer"]
+    assert rule.num_tokens and rule.num_experts and rule.hidden_sizes
+    (num_experts,), (hidden_size,) = rule.num_experts, rule.hidden_sizes
+    # A generator of its own: the global one seeds dummy weights and sampling.
+    generator = torch.Generator(device).manual_seed(0)
+    random = functools.partial(
+        torch.randn, generator=generator, device=device, dtype=torch.bfloat16
+    )
+    with torch.no_grad(), torch.cuda.device(device):
+        weight = random(num_experts, hidden_size)
+        hidden_states = random(rule.num_tokens[-1], hidden_size)
+        expected = hidden_states.double() @ weight.double().t()
+        for num_tokens in rule.num_tokens:
+            logits = torch.full((num_tokens, num_experts), torch.nan, device=device)
+            run_flashinfer(logits, hidden_states[:num_tokens], weight, pdl=False)
+            wrong = torch.dist(logits.double(), expected[:num_tokens])
+            error = float(wrong / expected[:num_tokens].norm())
+            if not error <= _MAX_RELATIVE_ERROR:
+                raise RuntimeError(
+                    f"{FLASHINFER_KERNEL} is off by {error:.1e} at M = {num_tokens}, "
+                    f"must be within {_MAX_RELATIVE_ERROR:.0e} of fp64"
+                )
+
+
+def run_flashinfer(
+    logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
+) -> None:
+    """Writes `logits`, fp32 `[M, N]`, with FlashInfer's kernel. It must be loaded."""
+    kernel, _ = _flashinfer()
+    assert kernel is not None
+    kernel(hidden_states, weight.t(), logits, launch_with_pdl=pdl)
+
+
+def run_sgl_kernel(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 logits `[M, N]` from sgl-kernel, which reads its own switch for PDL."""
+    kernel, _ = _sgl_kernel()
+    assert kernel is not None
+    logits: torch.Tensor = kernel(hidden_states, weight, out_dtype=torch.float32)
+    return logits
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
