@@ -15,9 +15,11 @@ from sglang.srt.utils.router_gemm.environ import requested_backend
 NUM_EXPERTS, HIDDEN_SIZE = 256, 7168
 NUM_TOKENS = range(1, 65)
 
-# The relative error that rounding explains: of fp32 accumulation over K = 7168, and of
-# the bf16 logits (8 bits of mantissa) that SGLang's own path returns on a CPU.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
+# The relative error that rounding explains: of cuBLAS's fp32 accumulation on tensor
+# cores, which serves M > 16 (1.4e-6 on an H100, torch 2.11, 2026-11-22; the router
+# kernels stay below 1e-6), and of the bf16 logits that SGLang's own path returns on a
+# CPU (8 bits of mantissa).
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8}
 
 
 class GateCheck(NamedTuple):

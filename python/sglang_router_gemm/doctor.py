@@ -123,4 +123,4 @@ def _version(distribution: str) -> str | None:
 
 def _nvcc() -> str | None:
     cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda_home}/bin")

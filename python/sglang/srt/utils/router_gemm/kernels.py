@@ -136,8 +136,8 @@ def load(backend: str, device: torch.device) -> None:
 def _check_on_every_m(device: torch.device) -> None:
     """Runs the kernel once for each M: CUDA loads each instantiation at its first launch."""
     rule = RULES["flashinfer"]
-    assert rule.num_tokens and rule.num_experts and rule.hidden_sizes
-    (num_experts,), (hidden_size,) = rule.num_experts, rule.hidden_sizes
+    (num_experts,), (hidden_size,) = rule.num_experts or (), rule.hidden_sizes or ()
+    every_m = rule.num_tokens or range(0)
     # A generator of its own: the global one seeds dummy weights and sampling.
     generator = torch.Generator(device).manual_seed(0)
     random = functools.partial(
@@ -145,10 +145,13 @@ def _check_on_every_m(device: torch.device) -> None:
     )
     with torch.no_grad(), torch.cuda.device(device):
         weight = random(num_experts, hidden_size)
-        hidden_states = random(rule.num_tokens[-1], hidden_size)
+        hidden_states = random(every_m[-1], hidden_size)
         expected = hidden_states.double() @ weight.double().t()
-        for num_tokens in rule.num_tokens:
-            logits = torch.full((num_tokens, num_experts), torch.nan, device=device)
+        for num_tokens in every_m:
+            # Said in full: while a model loads, SGLang's default dtype is the model's.
+            logits = torch.full(
+                (num_tokens, num_experts), torch.nan, dtype=torch.float32, device=device
+            )
             run_flashinfer(logits, hidden_states[:num_tokens], weight, pdl=False)
             wrong = torch.dist(logits.double(), expected[:num_tokens])
             error = float(wrong / expected[:num_tokens].norm())
