@@ -1,0 +1,427 @@
+"""SGLang's real server on a DeepSeek-V3-shaped model, with and without the patch.
+
+    python3 test/srt/run_dsv3_server.py --output-dir results
+
+Needs a Hopper or Blackwell GPU, SGLang and this package, no model files: the model has
+DeepSeek-V3's full router width (hidden 7168, 256 experts in 8 groups, top 8 of 4 groups,
+sigmoid and bias), few layers, narrow experts, and the weights of `--load-format dummy`.
+
+It launches the server four times: with CUDA graphs, once with the backend and once with
+`off`, to serve requests at several concurrencies; and twice more with SGLang's tensor
+dump, which needs graphs off, to compare router logits and chosen experts. It writes
+`dsv3_server.json` and `dsv3_server.md`, and exits with 1 where a request failed or the
+patch was not taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from tabulate import tabulate
+
+from sglang_router_gemm.routing import agreement, grouped_topk
+
+VOCAB_SIZE = 8192
+CONCURRENCIES = (1, 8, 16)
+REQUESTS_PER_CLIENT = 4
+NEW_TOKENS = 32
+CAPTURED_BATCH_SIZES = range(1, 17)
+STARTUP_TIMEOUT_S = 420
+KERNEL_NAME = re.compile(r"[\w:]*(router_gemm|tiny_gemm|RouterGemm|TinyGemm)\w*")
+
+
+def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
+    """config.json of a model that routes as DeepSeek-V3 does and is small elsewhere."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 7168,
+        "n_routed_experts": 256,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "n_shared_experts": 1,
+        "moe_layer_freq": 1,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": num_layers,
+        "num_nextn_predict_layers": 0,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+class Server:
+    """One run of `python -m sglang.launch_server`."""
+
+    def __init__(self, model: Path, log: Path, port: int, backend: str, extra: list[str]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [sys.executable, "-m", "sglang.launch_server"]
+        command += ["--model-path", str(model), "--port", str(port), "--load-format", "dummy"]
+        command += ["--skip-tokenizer-init", "--attention-backend", "triton"]
+        command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
+        command += ["--mem-fraction-static", "0.5", "--disable-radix-cache", *extra]
+        self.command = command
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | {"SGLANG_ROUTER_GEMM_BACKEND": backend},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self) -> float:
+        """Seconds until it is healthy."""
+        started = time.monotonic()
+        while time.monotonic() - started < STARTUP_TIMEOUT_S:
+            if self._process.poll() is not None:
+                break
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return time.monotonic() - started
+            time.sleep(1)
+        raise RuntimeError(f"the server did not come up:\n{self.log.read_text()[-4000:]}")
+
+    def generate(self, prompt: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
+        response = requests.post(
+            f"{self.url}/generate",
+            json={
+                "input_ids": prompt,
+                "sampling_params": {
+                    "temperature": 0,
+                    "max_new_tokens": new_tokens,
+                    "ignore_eos": True,
+                },
+            },
+            timeout=120,
+        )
+        response.raise_for_status()
+        tokens: list[int] = response.json()["output_ids"]
+        return tokens
+
+    def stop(self) -> None:
+        os.killpg(self._process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@contextmanager
+def running(*args: Any) -> Iterator[Server]:
+    server = Server(*args)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def prompts(count: int, seed: int, lengths: range = range(1, 65)) -> list[list[int]]:
+    source = random.Random(seed)
+    return [
+        [source.randrange(2, VOCAB_SIZE) for _ in range(source.choice(lengths))]
+        for _ in range(count)
+    ]
+
+
+@dataclass
+class Serving:
+    """What one server with CUDA graphs did."""
+
+    backend: str
+    startup_s: float
+    log_lines: list[str]
+    kernels_in_replays: dict[str, int]
+    outputs: dict[int, list[list[int]]]
+    seconds: dict[int, float]
+
+
+def serve(server: Server, backend: str, profile_dir: Path) -> Serving:
+    startup = server.wait()
+    outputs, seconds = {}, {}
+    for concurrency in CONCURRENCIES:
+        batch = prompts(concurrency * REQUESTS_PER_CLIENT, seed=concurrency)
+        started = time.monotonic()
+        with ThreadPoolExecutor(concurrency) as pool:
+            outputs[concurrency] = list(pool.map(server.generate, batch))
+        seconds[concurrency] = time.monotonic() - started
+    kernels = profiled_router_kernels(server, profile_dir)
+    interesting = re.compile(
+        r"Router GEMM|CUDA graph (begin|end)|hook\(s\) to .*MoEGate|ready to roll"
+    )
+    lines = [line for line in server.log.read_text().splitlines() if interesting.search(line)]
+    return Serving(backend, startup, lines, kernels, outputs, seconds)
+
+
+def profiled_router_kernels(server: Server, folder: Path) -> dict[str, int]:
+    """Launches of router kernels on the GPU while one request decodes from CUDA graphs."""
+    folder.mkdir(parents=True)
+    requests.post(
+        f"{server.url}/start_profile",
+        json={"output_dir": str(folder), "num_steps": 8, "activities": ["CPU", "GPU"]},
+        timeout=60,
+    )
+    server.generate(prompts(1, seed=99)[0])
+    counts: Counter[str] = Counter()
+    for _ in range(60):
+        traces = [path for path in folder.rglob("*.gz") if path.stat().st_size]
+        try:
+            for path in traces:
+                for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
+                    name = KERNEL_NAME.search(event["name"])
+                    if event.get("cat") == "kernel" and name:
+                        counts[name[0]] += 1
+            if traces:
+                break
+        except (EOFError, ValueError, gzip.BadGzipFile):
+            counts.clear()  # still being written
+        time.sleep(1)
+    return dict(counts)
+
+
+def dump(server: Server, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Gate logits and chosen experts of each forward pass, graphs off, one request at a time.
+
+    Prompts of 1 to 16 tokens make prefills with M = 1 to 16; decode steps have M = 1.
+    """
+    server.wait()
+    for length in CAPTURED_BATCH_SIZES:
+        server.generate(prompts(1, seed=length, lengths=range(length, length + 1))[0], 4)
+    time.sleep(2)
+    files = sorted(folder.rglob("Pass*.pt"))
+    passes = []
+    for path in files:
+        tensors = torch.load(path, weights_only=True)
+        passes.append({name: value for name, value in tensors.items() if ".mlp." in name})
+    return passes
+
+
+@dataclass
+class LayerComparison:
+    """Router logits and chosen experts of one layer, backend against `off`."""
+
+    layer: str
+    rows: int
+    relative_difference: float
+    same_experts: float | None
+    same_experts_by_logits: float
+
+
+def compare_dumps(
+    ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]
+) -> list[LayerComparison]:
+    names = sorted({name for tensors in ours for name in tensors if name.endswith(".mlp.gate")})
+    comparisons = []
+    for name in names:
+        pairs = [
+            (a, b)
+            for a, b in zip(ours, theirs, strict=False)
+            if name in a and name in b and a[name].shape == b[name].shape
+        ]
+        logits = [torch.cat([pair[side][name].double() for pair in pairs]) for side in (0, 1)]
+        topk = name.replace(".gate", ".topk")
+        chosen = None
+        if all(topk in tensors for pair in pairs for tensors in pair):
+            ids = [
+                torch.cat([pair[side][topk][1].sort(-1).values for pair in pairs])
+                for side in (0, 1)
+            ]
+            chosen = agreement(*ids)
+        comparisons.append(
+            LayerComparison(
+                name,
+                len(logits[0]),
+                float(torch.dist(*logits) / logits[1].norm()),
+                chosen,
+                agreement(grouped_topk(logits[0]), grouped_topk(logits[1])),
+            )
+        )
+    return comparisons
+
+
+def environment() -> dict[str, str]:
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    found = {"GPU": torch.cuda.get_device_name(0), "driver": (driver or ["unknown"])[0]}
+    for name in ("torch", "sglang", "flashinfer-python", "sglang-kernel", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["torch"] = torch.__version__
+    found["CUDA"] = torch.version.cuda or "none"
+    found["Python"] = platform.python_version()
+    found["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return found
+
+
+def report(
+    where: dict[str, str],
+    command: list[str],
+    config: dict[str, Any],
+    servings: list[Serving],
+    layers: list[LayerComparison],
+) -> str:
+    ours, off = servings
+    serving_rows = [
+        (
+            concurrency,
+            len(outputs),
+            sum(map(len, outputs)),
+            f"{serving.seconds[concurrency]:.2f}",
+            serving.backend,
+            f"{sum(a == b for a, b in zip(outputs, off.outputs[concurrency], strict=True))}"
+            f" of {len(outputs)}",
+        )
+        for concurrency in CONCURRENCIES
+        for serving in servings
+        for outputs in [serving.outputs[concurrency]]
+    ]
+    layer_rows = [
+        (
+            layer.layer,
+            layer.rows,
+            f"{layer.relative_difference:.1e}",
+            "-" if layer.same_experts is None else f"{layer.same_experts:.2%}",
+            f"{layer.same_experts_by_logits:.2%}",
+        )
+        for layer in layers
+    ]
+    parts = ["# SGLang's server on a DeepSeek-V3-shaped model"]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in where.items()))
+    shape = ("num_hidden_layers", "first_k_dense_replace", "moe_intermediate_size")
+    parts.append(
+        "Model: hidden 7168, 256 experts in 8 groups, top 8 of 4 groups, sigmoid and bias; "
+        + ", ".join(f"{name} {config[name]}" for name in shape)
+        + "; `--load-format dummy`."
+    )
+    parts.append(f"Command, with `SGLANG_ROUTER_GEMM_BACKEND={ours.backend}`, then `off`:")
+    parts.append("```\n" + " ".join(command) + "\n```")
+    parts.append("## Served over HTTP, CUDA graphs on")
+    headers = ["concurrency", "requests", "tokens", "seconds", "backend", "same tokens as off"]
+    parts.append(tabulate(serving_rows, headers, tablefmt="github", disable_numparse=True))
+    for serving in servings:
+        parts.append(f"## Log, backend {serving.backend} (up after {serving.startup_s:.0f} s)")
+        parts.append("```\n" + "\n".join(serving.log_lines) + "\n```")
+        parts.append(
+            "Router kernels in 8 profiled steps: "
+            + (
+                "; ".join(
+                    f"{count} of `{name}`" for name, count in serving.kernels_in_replays.items()
+                )
+                or "no trace was written"
+            )
+        )
+    parts.append(f"## Router logits and experts, backend {ours.backend} against off")
+    parts.append(
+        "From SGLang's tensor dump, CUDA graphs off: prompts of 1 to 16 tokens, 4 new tokens "
+        "each. Rows count tokens. `experts` is what SGLang's top-k chose; with dummy weights "
+        "the correction bias decides most of it, so `experts by logits` leaves the bias out. "
+        "From the second MoE layer on, the inputs differ too."
+    )
+    headers = ["gate", "rows", "relative difference", "same experts", "same experts by logits"]
+    parts.append(tabulate(layer_rows, headers, tablefmt="github", disable_numparse=True))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("results"))
+    parser.add_argument("--backend", default="flashinfer", help="compared with off")
+    parser.add_argument("--num-layers", type=int, default=5, help="the first one is dense")
+    parser.add_argument("--port", type=int, default=30000)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: SGLang's server needs a GPU")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    config = deepseek_v3_config(arguments.num_layers)
+    graph_sizes = ["--cuda-graph-bs", *map(str, CAPTURED_BATCH_SIZES)]
+    graph_sizes += ["--max-running-requests", str(CAPTURED_BATCH_SIZES[-1])]
+    servings, dumps, command = [], [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        for backend in (arguments.backend, "off"):
+            log = arguments.output_dir / f"server_{backend}.log"
+            with running(folder, log, arguments.port, backend, graph_sizes) as server:
+                servings.append(serve(server, backend, folder / f"profile_{backend}"))
+                command = server.command
+            print(f"{backend}: served, up after {servings[-1].startup_s:.0f} s", flush=True)
+        for backend in (arguments.backend, "off"):
+            log = arguments.output_dir / f"dump_{backend}.log"
+            target = folder / f"dump_{backend}"
+            extra = ["--debug-tensor-dump-output-folder", str(target)]
+            with running(folder, log, arguments.port, backend, extra) as server:
+                dumps.append(dump(server, target))
+            print(f"{backend}: dumped {len(dumps[-1])} passes", flush=True)
+    command = ["python3", *command[1:]]
+    command[command.index("--model-path") + 1] = "MODEL"
+    layers = compare_dumps(*dumps)
+    where = environment()
+    text = report(where, command, config, servings, layers)
+    (arguments.output_dir / "dsv3_server.md").write_text(text)
+    (arguments.output_dir / "dsv3_server.json").write_text(
+        json.dumps(
+            {
+                "environment": where,
+                "config": config,
+                "servings": [asdict(serving) for serving in servings],
+                "layers": [asdict(layer) for layer in layers],
+            },
+            indent=1,
+        )
+    )
+    print(text)
+    taken = f"M 1-16 {arguments.backend}"
+    return int(not any(taken in line for line in servings[0].log_lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
