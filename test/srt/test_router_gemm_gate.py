@@ -8,7 +8,7 @@ SM given and FlashInfer's kernel marked as loaded; nothing is run then.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -35,9 +35,8 @@ def hooked_gate() -> torch.nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def _warnings_start_afresh(publish_server_args: object) -> Iterator[None]:
+def _warnings_start_afresh(publish_server_args: object) -> None:
     deepseek_v2_gate._warned.clear()
-    yield
 
 
 # What the policy is told -----------------------------------------------------------------
