@@ -197,8 +197,60 @@ def test_a_forced_backend_that_cannot_serve_warns_once(
         for num_tokens in (1, 2, 17):
             assert fast_router_logits(*random_inputs(num_tokens)) is None
     assert [record.message for record in caplog.records] == [
-        "Router GEMM: SGLang's own path serves what backend flashinfer cannot: "
-        "device is cpu, must be cuda."
+        "Router GEMM (backend flashinfer): SGLang's own path serves, device is cpu, must be cuda."
+    ]
+
+
+GPU = torch.device("cuda", 0)
+
+
+def _load_on_blackwell(requested: str) -> None:
+    deepseek_v2_gate._prepare_once.__wrapped__(requested, GPU, 256, 7168, torch.bfloat16)
+
+
+@pytest.mark.parametrize("requested", ["auto", "flashinfer"])
+def test_a_missing_flashinfer_warns_once_at_load(
+    requested: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 100)
+    monkeypatch.setattr(kernels, "_import", lambda *names: (None, f"{names[2]} is not installed"))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            _load_on_blackwell(requested)
+    said = [record.message for record in caplog.records]
+    assert said[0] == (
+        f"Router GEMM (backend {requested}): SGLang's own path serves, "
+        "flashinfer-python is not installed."
+    )
+    assert said[1:] == 2 * [
+        f"Router GEMM [256, 7168] on SM 100: M 1+ SGLang (backend {requested}, PDL on)"
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is that there is no GPU")
+def test_a_kernel_that_does_not_load_warns_once_and_never_raises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real `load`, which fails here for want of a GPU; on a GPU see test_router_gemm_gpu."""
+    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 100)
+    monkeypatch.delitem(kernels._flashinfer_loaded, 0, raising=False)
+    for _ in range(2):
+        _load_on_blackwell("auto")
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "install the CUDA toolkit" in said
+    assert kernels._flashinfer_loaded.pop(0)
+
+
+def test_the_log_says_what_serves_which_m(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 103)
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", "0")
+    monkeypatch.setitem(kernels._flashinfer_loaded, 0, None)
+    with caplog.at_level(logging.INFO):
+        _load_on_blackwell("auto")
+    assert [record.message for record in caplog.records] == [
+        "Router GEMM [256, 7168] on SM 103: M 1-16 flashinfer, M 17+ SGLang (backend auto, PDL off)"
     ]
 
 

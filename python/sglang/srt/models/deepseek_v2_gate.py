@@ -136,10 +136,13 @@ def _prepare_once(
     sm = device_sm(device.type, device.index)
     call = RouterGemmCall(device.type, sm, None, num_experts, hidden_size, dtype, dtype)
     installed = {name: kernels.missing(name, sm) for name in RULES}
-    backend, _ = select_backend(call, requested, installed)
+    backend, refusal = select_backend(call, requested, installed)
     if backend is not None:
         kernels.load(backend, device)
     loaded = {name: kernels.unavailable(name, device) for name in RULES}
+    refusal = refusal or select_backend(call, requested, loaded).refusal
+    if refusal is not None and refusal.condition == "unavailable":
+        _warn_once(requested, refusal)
     logger.info(
         "Router GEMM [%d, %d] on SM %s: %s (backend %s, PDL %s)",
         num_experts,
@@ -160,7 +163,5 @@ def _warn_once(requested: str, refusal: Refusal) -> None:
         return
     _warned.add(refusal.condition)
     logger.warning(
-        "Router GEMM: SGLang's own path serves what backend %s cannot: %s.",
-        requested,
-        refusal.reason,
+        "Router GEMM (backend %s): SGLang's own path serves, %s.", requested, refusal.reason
     )

@@ -48,7 +48,7 @@ def _import(
     try:
         installed = f"{distribution} {version(distribution)}"
     except PackageNotFoundError:
-        return None, f"{distribution} is not installed"
+        return None, f"{distribution} is not installed; pip install {distribution}"
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # a broken install raises anything: OSError, RuntimeError
@@ -100,37 +100,32 @@ def load(backend: str, device: torch.device) -> None:
     FlashInfer compiles its kernel with nvcc on first use. This is where that happens:
     while the model loads, never on a request, never in a CUDA-graph capture. Several
     processes may call it at once: FlashInfer builds behind a file lock, so that one
-    compiles and the others wait. It never raises; a failure is one warning, and the
-    backend stays unavailable.
+    compiles and the others wait. It never raises; after a failure `unavailable` says
+    why, and nothing tries again in this process.
     """
     if backend != "flashinfer" or device.index in _flashinfer_loaded:
         return
-    sm = device_sm(device.type, device.index)
     logger.info(
-        "Router GEMM: loading FlashInfer's %s for SM %s; the first start builds it with nvcc, "
+        "Router GEMM: loading FlashInfer's %s; the first start builds it with nvcc, "
         "which takes about a minute.",
         FLASHINFER_KERNEL,
-        sm,
     )
     started = time.perf_counter()
     try:
         _check_on_every_m(device)
     except Exception as error:  # whatever nvcc, ninja, the driver or FlashInfer raise
-        _flashinfer_loaded[device.index] = f"its kernel did not load ({_first_line(error)})"
-        logger.warning(
-            "Router GEMM: FlashInfer's kernel did not load, SGLang's own path is used instead. "
-            "FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set "
-            "CUDA_HOME, or install FlashInfer's prebuilt kernels (flashinfer-jit-cache). "
-            "The error was: %s",
-            error,
+        logger.info("Router GEMM: FlashInfer's kernel did not load.", exc_info=True)
+        _flashinfer_loaded[device.index] = (
+            f"FlashInfer's kernel did not load ({_first_line(error)}); FlashInfer builds it with "
+            "nvcc and ninja: install the CUDA toolkit and set CUDA_HOME, or install FlashInfer's "
+            "prebuilt kernels (flashinfer-jit-cache)"
         )
-        return
-    _flashinfer_loaded[device.index] = None
-    logger.info(
-        "Router GEMM: FlashInfer's %s is ready after %.1f s.",
-        FLASHINFER_KERNEL,
-        time.perf_counter() - started,
-    )
+    else:
+        _flashinfer_loaded[device.index] = None
+        seconds = time.perf_counter() - started
+        logger.info(
+            "Router GEMM: FlashInfer's %s is ready after %.1f s.", FLASHINFER_KERNEL, seconds
+        )
 
 
 def _check_on_every_m(device: torch.device) -> None:
