@@ -197,7 +197,8 @@ def test_a_forced_backend_that_cannot_serve_warns_once(
         for num_tokens in (1, 2, 17):
             assert fast_router_logits(*random_inputs(num_tokens)) is None
     assert [record.message for record in caplog.records] == [
-        "Router GEMM (backend flashinfer): SGLang's own path serves, device is cpu, must be cuda."
+        "Router GEMM (backend flashinfer): SGLang's own path serves instead: "
+        "device is cpu, must be cuda."
     ]
 
 
@@ -219,7 +220,7 @@ def test_a_missing_flashinfer_warns_once_at_load(
             _load_on_blackwell(requested)
     said = [record.message for record in caplog.records]
     assert said[0] == (
-        f"Router GEMM (backend {requested}): SGLang's own path serves, "
+        f"Router GEMM (backend {requested}): SGLang's own path serves instead: "
         "flashinfer-python is not installed."
     )
     assert said[1:] == 2 * [

@@ -163,5 +163,5 @@ def _warn_once(requested: str, refusal: Refusal) -> None:
         return
     _warned.add(refusal.condition)
     logger.warning(
-        "Router GEMM (backend %s): SGLang's own path serves, %s.", requested, refusal.reason
+        "Router GEMM (backend %s): SGLang's own path serves instead: %s.", requested, refusal.reason
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -58,7 +59,12 @@ class RouterGemmCall(NamedTuple):
 @torch.compiler.assume_constant_result
 def device_sm(device_type: str, device_index: int | None) -> int | None:
     """SM of a CUDA device as 10 * major + minor; None for any other device (ROCm too)."""
-    if device_type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+    return _nvidia_sm(device_index) if device_type == "cuda" else None
+
+
+@functools.cache
+def _nvidia_sm(device_index: int | None) -> int | None:
+    if torch.version.cuda is None or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor
