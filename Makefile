@@ -6,9 +6,9 @@ READY  := $(VENV)/.ready
 
 .PHONY: run test test-gpu lint clean
 
-run: $(READY)  ## what runs here, and whether its numbers are right
+run: $(READY)  ## what runs here, whether its numbers are right, and on a GPU how fast it is
 	$(VENV)/bin/sglang-router-gemm doctor
-	$(VENV)/bin/sglang-router-gemm check
+	$(VENV)/bin/python benchmark/kernels/deepseek/benchmark_deepgemm_dsv3_router_gemm_blackwell.py --quick
 
 test: lint  ## lint and every test that this machine can run
 	$(VENV)/bin/python -m pytest

@@ -1,0 +1,370 @@
+"""Every router GEMM that can be measured, each called through its public function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
+
+Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""`gemm(hidden_states, weight, out, pdl)`: bf16 `[M, K]` and `[N, K]` give `[M, N]`.
+
+`out` has the provider's output dtype. An API that takes it writes and returns it; one
+that allocates by itself returns its own tensor.
+"""
+
+Pdl = Literal["switch", "always", "never"]
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+# N, K: FlashInfer's function for that shape and the dtype it writes.
+_FLASHINFER = {
+    (256, 7168): ("mm_M1_16_K7168_N256", FP32),
+    (256, 6144): ("mm_M1_16_K6144_N256", FP32),
+    (384, 7168): ("mm_M1_16_K7168_N384", FP32),
+    (128, 7168): ("mm_M1_16_K7168_N128", BF16),
+}
+
+# Backends of this project that call somebody else's kernel.
+_BORROWED = ("flashinfer", "sgl_kernel", "torch")
+
+CUBLAS = "cuBLAS fp32"
+
+
+class Skip(Exception):
+    """The provider is not there; the message is the reason, in one phrase."""
+
+
+def _any_num_tokens(num_tokens: int) -> str | None:
+    return None
+
+
+def _up_to_16(num_tokens: int) -> str | None:
+    return None if 1 <= num_tokens <= 16 else f"M is {num_tokens}, must be 1 to 16"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One router GEMM, for one N, K and device."""
+
+    name: str
+    make: Callable[[], Gemm]
+    """Imports it and returns the call; may compile. Raises whatever it raises."""
+    output: torch.dtype = FP32
+    pdl: Pdl = "switch"
+    """Whether programmatic dependent launch follows `pdl`, or is fixed."""
+    supports: Callable[[int], str | None] = _any_num_tokens
+    """Why a number of tokens is not served; None if it is."""
+    note: str = ""
+    ours: bool = False
+    own_kernel: bool = False
+    """A kernel of this project, not one that it calls."""
+
+    def build(self) -> Gemm:
+        """The call.
+
+        Raises:
+            Skip: it cannot be had here, for whatever reason.
+        """
+        try:
+            return self.make()
+        except Exception as error:  # a broken install raises anything
+            raise Skip(str(error) if isinstance(error, Skip) else phrase(error)) from error
+
+
+def phrase(error: BaseException) -> str:
+    """The first line of an error, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def all_providers(num_experts: int, hidden_size: int, device: torch.device) -> list[Provider]:
+    """Every provider that has a chance at this shape, peers first."""
+    function, dtype = _FLASHINFER.get((num_experts, hidden_size), ("", FP32))
+    shape = f"N = {num_experts}, K = {hidden_size}"
+
+    def no_flashinfer() -> Gemm:
+        raise Skip(f"FlashInfer has no router GEMM for {shape}")
+
+    return [
+        Provider(
+            f"FlashInfer{_mark(dtype)}",
+            (lambda: _flashinfer(function, device)) if function else no_flashinfer,
+            output=dtype,
+            supports=_up_to_16,
+            note=f"flashinfer.gemm.{function}" if function else "",
+        ),
+        Provider(
+            f"FlashInfer tinygemm{_mark(BF16)}",
+            lambda: _flashinfer_tinygemm(device),
+            output=BF16,
+            note="flashinfer.gemm.tinygemm_bf16",
+        ),
+        Provider(
+            "sgl_kernel",
+            lambda: _sgl_kernel(num_experts, hidden_size, device),
+            pdl="always",
+            supports=_up_to_16,
+            note="sgl_kernel.dsv3_router_gemm; reads TRTLLM_ENABLE_PDL once a process",
+        ),
+        Provider(
+            "SGLang dsv3",
+            lambda: _sglang_dsv3(num_experts, hidden_size, device),
+            pdl="always",
+            supports=_up_to_16,
+            note="sglang…dsv3_router_gemm, 0.5.15 to 0.5.19; PDL is compiled in",
+        ),
+        Provider(
+            "SGLang tiny_gemm",
+            lambda: _sglang_tiny_gemm(num_experts, hidden_size, device),
+            pdl="always",
+            supports=_up_to_16,
+            note="sglang.kernels.ops.gemm.tiny_gemm, max_m=16; PDL is compiled in",
+        ),
+        Provider(
+            "SGLang MoEGate",
+            lambda: _sglang_gate(num_experts, hidden_size, device),
+            pdl="always",
+            note="MoEGate.forward of the installed release, without this plugin; "
+            "PDL is compiled in where it calls a router kernel",
+        ),
+        Provider(
+            "vLLM ll_bf16",
+            lambda: _vllm(device),
+            pdl="always",
+            note="vllm…cute_dsl.ll_bf16.ll_bf16_gemm; PDL is compiled in. vLLM's GateLinear "
+            "calls it up to M = 16",
+        ),
+        Provider(
+            CUBLAS,
+            lambda: _cublas(device),
+            pdl="never",
+            note="torch.mm(…, out_dtype=torch.float32)",
+        ),
+        Provider(
+            f"F.linear{_mark(BF16)}",
+            lambda: lambda hidden_states, weight, out, pdl: F.linear(hidden_states, weight),
+            output=BF16,
+            pdl="never",
+            note="torch.nn.functional.linear",
+        ),
+        *_ours(num_experts, hidden_size, device),
+    ]
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Sets environment variables, and puts them back."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _mark(dtype: torch.dtype) -> str:
+    return " (bf16 out)" if dtype == BF16 else ""
+
+
+def _kernel(device: torch.device, *places: tuple[str, str]) -> Any:
+    """The first of (module, attribute) that exists; releases move and rename them."""
+    _need_cuda(device)
+    reasons = []
+    for module, name in places:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except Exception as error:  # OSError of a missing library, RuntimeError, …
+            reasons.append(phrase(error))
+    raise Skip("; ".join(reasons))
+
+
+def _need_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise Skip("no CUDA device")
+
+
+def _declared(kernel: Any, device: torch.device) -> None:
+    """FlashInfer says which compute capabilities a function has been built for."""
+    major, minor = torch.cuda.get_device_capability(device)
+    declares = getattr(kernel, "is_compute_capability_supported", None)
+    if declares is not None and not declares(10 * major + minor):
+        raise Skip(f"FlashInfer does not declare SM {major}{minor}")
+
+
+def _flashinfer(function: str, device: torch.device) -> Gemm:
+    kernel = _kernel(device, ("flashinfer.gemm", function))
+    _declared(kernel, device)
+
+    def gemm(
+        hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        kernel(hidden_states, weight.t(), out, launch_with_pdl=pdl)
+        return out
+
+    return gemm
+
+
+def _flashinfer_tinygemm(device: torch.device) -> Gemm:
+    kernel = _kernel(device, ("flashinfer.gemm", "tinygemm_bf16"))
+    _declared(kernel, device)
+
+    def gemm(
+        hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        kernel(hidden_states, weight, out, use_pdl=pdl)
+        return out
+
+    return gemm
+
+
+def _sgl_kernel(num_experts: int, hidden_size: int, device: torch.device) -> Gemm:
+    if num_experts not in (256, 384) or hidden_size != 7168:
+        raise Skip("serves N = 256 or 384 and K = 7168 only")
+    kernel = _kernel(device, ("sgl_kernel", "dsv3_router_gemm"))
+    return lambda hidden_states, weight, out, pdl: kernel(hidden_states, weight, out_dtype=FP32)
+
+
+def _sglang_dsv3(num_experts: int, hidden_size: int, device: torch.device) -> Gemm:
+    if num_experts not in (256, 384) or hidden_size % 1024:
+        raise Skip("serves N = 256 or 384 and K % 1024 = 0 only")
+    name = "dsv3_router_gemm"
+    kernel = _kernel(
+        device,
+        ("sglang.kernels.ops.gemm.dsv3_router_gemm", name),
+        ("sglang.jit_kernel.dsv3_router_gemm", name),
+    )
+    return lambda hidden_states, weight, out, pdl: kernel(
+        hidden_states, weight, out_dtype=FP32, output=out
+    )
+
+
+def _sglang_tiny_gemm(num_experts: int, hidden_size: int, device: torch.device) -> Gemm:
+    module = "sglang.kernels.ops.gemm.tiny_gemm"
+    # Until 0.5.19 the variant for N < K had a name of its own.
+    kernel = _kernel(device, (module, "tiny_gemm_bf16"), (module, "tiny_n_gemm_bf16"))
+    can_use = getattr(importlib.import_module(module), "can_use_tiny_gemm", None)
+    if can_use is not None and not can_use(num_experts, hidden_size, max_m=16):
+        raise Skip("can_use_tiny_gemm says no to this shape")
+    return lambda hidden_states, weight, out, pdl: kernel(hidden_states, weight, out, max_m=16)
+
+
+def _sglang_gate(num_experts: int, hidden_size: int, device: torch.device) -> Gemm:
+    gate_class = _kernel(device, ("sglang.srt.models.deepseek_v2", "MoEGate"))
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+    # MoEGate.forward asks the published ServerArgs for deterministic inference.
+    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device=device.type))
+    config = SimpleNamespace(
+        n_routed_experts=num_experts, hidden_size=hidden_size, topk_method="noaux_tc"
+    )
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(BF16)  # as SGLang's loader does around the model
+    try:
+        with device:
+            gate = gate_class(config, quant_config=None).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(previous)
+    # Where a plugin hooked the class, the release's own forward lies below.
+    forward = getattr(gate_class.forward, "__wrapped__", gate_class.forward)
+
+    def gemm(
+        hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        gate.weight.data = weight
+        logits: torch.Tensor = forward(gate, hidden_states)
+        return logits
+
+    return gemm
+
+
+def _vllm(device: torch.device) -> Gemm:
+    module = "vllm.model_executor.kernels.linear.cute_dsl.ll_bf16"
+    if not _kernel(device, (module, "is_available"))():
+        raise Skip("the CuTe DSL cannot be imported")
+    kernel = _kernel(device, (module, "ll_bf16_gemm"))
+    return lambda hidden_states, weight, out, pdl: kernel(hidden_states, weight)
+
+
+def _cublas(device: torch.device) -> Gemm:
+    _need_cuda(device)
+    return lambda hidden_states, weight, out, pdl: torch.mm(
+        hidden_states, weight.t(), out_dtype=FP32, out=out
+    )
+
+
+def _ours(num_experts: int, hidden_size: int, device: torch.device) -> list[Provider]:
+    """The backends of this project: whatever the policy's table lists."""
+    try:
+        from sglang.srt.utils.router_gemm.policy import RULES
+    except Exception as error:
+        reason = phrase(error)
+
+        def no_policy() -> Gemm:
+            raise Skip(reason)
+
+        return [Provider("ours", no_policy, ours=True)]
+    return [_backend(name, num_experts, hidden_size, device) for name in RULES]
+
+
+def _backend(name: str, num_experts: int, hidden_size: int, device: torch.device) -> Provider:
+    from sglang.srt.utils.router_gemm.call import RouterGemmCall, device_sm
+    from sglang.srt.utils.router_gemm.policy import refuse
+
+    sm = device_sm(device.type, device.index)
+
+    def refusal(num_tokens: int | None) -> str | None:
+        call = RouterGemmCall(device.type, sm, num_tokens, num_experts, hidden_size)
+        found = refuse(name, call, None)
+        return None if found is None else found.reason
+
+    def make() -> Gemm:
+        from sglang.srt.models.deepseek_v2_gate import fast_router_logits, prepare_router_gemm
+        from sglang.srt.utils.router_gemm import kernels
+
+        reason = refusal(None)
+        if reason is None:
+            with environment(SGLANG_ROUTER_GEMM_BACKEND=name):
+                prepare_router_gemm(
+                    torch.empty(num_experts, hidden_size, dtype=BF16, device=device)
+                )
+            reason = kernels.unavailable(name, device)
+        if reason is not None:
+            raise Skip(reason)
+
+        def gemm(
+            hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+        ) -> torch.Tensor:
+            # Not put back: that would cost the host more than the call, which do_bench sees.
+            os.environ["SGLANG_ROUTER_GEMM_BACKEND"] = name
+            os.environ["SGLANG_ROUTER_GEMM_PDL"] = "1" if pdl else "0"
+            logits = fast_router_logits(hidden_states, weight)
+            if logits is None:
+                raise RuntimeError(f"the gate did not take backend {name}")
+            return logits
+
+        return gemm
+
+    fixed: dict[str, Pdl] = {"torch": "never", "sgl_kernel": "always"}
+    return Provider(
+        f"ours: {name}",
+        make,
+        pdl=fixed.get(name, "switch"),
+        supports=refusal,
+        note=f"the gate's fast path under SGLANG_ROUTER_GEMM_BACKEND={name}",
+        ours=True,
+        own_kernel=name not in _BORROWED,
+    )

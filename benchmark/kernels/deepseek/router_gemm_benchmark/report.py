@@ -1,0 +1,354 @@
+"""What a run leaves: JSON, CSV, plots and tables.
+
+`results` is a plain dictionary, as it is in the JSON file:
+
+    gpu, driver, versions, date, command      where, when and how
+    num_experts, hidden_size, num_tokens      the shapes: N, K and every M
+    rounds, links                             replays per sample, calls per graph
+    copy_bandwidth_gb_s, producer             measured and used in this run
+    providers      name, output, pdl, note, ours, own_kernel, skipped (the reason or null)
+    accuracy       one `Accuracy` for each provider and M
+    bits_change_at by provider the M at which a row's bits change; [] is batch-invariant
+    timings        one `Timing` for each provider, mode, M and tp_size
+    failures       one `Failure` for each provider that failed while it was timed
+    not_run        by tp_size, why it was not
+    error          what ended the run early, or null
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from .providers import CUBLAS
+from .timing import CHAIN, MODE_NAMES, MODES
+
+Results = dict[str, Any]
+
+_PACKAGES = (
+    "sglang-dsv3-router-gemm",
+    "torch",
+    "triton",
+    "sglang",
+    "sglang-kernel",
+    "flashinfer-python",
+    "vllm",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+)
+_CSV_COLUMNS = (
+    *("gpu", "num_experts", "hidden_size", "num_tokens", "provider", "output", "mode", "tp_size"),
+    *("q25_us", "median_us", "q75_us", "bytes", "gb_s", "floor_us", "times_floor"),
+    *("relative_error", "top8_agreement"),
+)
+_WITHOUT_PDL = tuple(mode.name for mode in MODES if not mode.pdl)
+
+
+def versions() -> dict[str, str | None]:
+    """The installed packages that a number may depend on, None where one is not there."""
+    return {name: _version(name) for name in _PACKAGES} | {"cuda": torch.version.cuda}
+
+
+def driver_version() -> str | None:
+    """What nvidia-smi says, None where it does not run."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(output.stdout.split()), None)
+
+
+def file_stem(gpu: str, num_experts: int, hidden_size: int) -> str:
+    """`h100` for DeepSeek-V3's shape on an "NVIDIA H100 80GB HBM3", else with the shape."""
+    model = re.search(r"\b[A-Z]{1,2}\d{2,3}[A-Z]?\b", gpu)
+    name = model[0] if model else re.sub(r"\W+", "-", gpu.removeprefix("NVIDIA "))
+    shape = "" if (num_experts, hidden_size) == (256, 7168) else f"_n{num_experts}_k{hidden_size}"
+    return name.lower() + shape
+
+
+def save_json(results: Results, directory: Path) -> Path:
+    """Writes what is there so far; may be called again and again."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{_stem(results)}.json"
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def save_csv(results: Results, directory: Path) -> Path:
+    """One row for each timing, with the accuracy at that M beside it."""
+    path = directory / f"{_stem(results)}.csv"
+    accuracy = {(each["provider"], each["num_tokens"]): each for each in results["accuracy"]}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_CSV_COLUMNS)
+        outputs = {each["name"]: each["output"] for each in results["providers"]}
+        for timing in results["timings"]:
+            right = accuracy.get((timing["provider"], timing["num_tokens"]), {})
+            row = results | timing | right
+            row["output"] = outputs[timing["provider"]]
+            row["relative_error"] = right.get("relative", {}).get("random")
+            writer.writerow([_cell(row.get(column)) for column in _CSV_COLUMNS])
+    return path
+
+
+def save_plots(results: Results, directory: Path) -> list[Path]:
+    """µs by M with the floor, and speed-up over cuBLAS by M, each as PNG and SVG."""
+    mode = headline_mode(results)
+    series = _series(results, mode)
+    if not series:
+        return []
+    floors: dict[int, float] = {}
+    for timing in results["timings"]:
+        if (timing["mode"], timing["tp_size"]) == (mode, 1):
+            # fp32 logits are a few more bytes than bf16 ones.
+            num_tokens = timing["num_tokens"]
+            floors[num_tokens] = max(floors.get(num_tokens, 0.0), timing["floor_us"])
+    stem, suffix = _stem(results), mode.replace(", ", "_").replace(" ", "_")
+    saved = _plot(
+        results,
+        series | {"floor: bytes / copy bandwidth": dict(sorted(floors.items()))},
+        f"router GEMM, {mode}: time of one call",
+        "µs",
+        directory / f"{stem}_{suffix}",
+    )
+    if CUBLAS in series:
+        base = series[CUBLAS]
+        ratios = {
+            name: {m: base[m] / us for m, us in points.items() if m in base}
+            for name, points in series.items()
+        }
+        saved += _plot(
+            results,
+            ratios,
+            f"router GEMM, {mode}: speed-up over {CUBLAS}",
+            f"times as fast as {CUBLAS}",
+            directory / f"{stem}_speedup",
+        )
+    return saved
+
+
+def headline_mode(results: Results) -> str:
+    """`chain`, or where that could not be measured the first mode that was."""
+    measured = {timing["mode"] for timing in results["timings"]}
+    return next((mode for mode in MODE_NAMES if mode in measured), CHAIN.name)
+
+
+def medians(results: Results, mode: str, tp_size: int = 1) -> dict[int, dict[str, float]]:
+    """Median µs by M and then by provider."""
+    found: dict[int, dict[str, float]] = {}
+    for timing in results["timings"]:
+        if (timing["mode"], timing["tp_size"]) == (mode, tp_size):
+            found.setdefault(timing["num_tokens"], {})[timing["provider"]] = timing["median_us"]
+    return dict(sorted(found.items()))
+
+
+def accuracy_table(results: Results) -> str:
+    """One row for each provider: its worst M."""
+    rows = []
+    for provider in results["providers"]:
+        name = provider["name"]
+        checks = [each for each in results["accuracy"] if each["provider"] == name]
+        if provider["skipped"] is not None:
+            rows.append([name, "skipped: " + _short(provider["skipped"])] + [""] * 5)
+            continue
+        failed = next((each for each in checks if each["failure"]), None)
+        verdict = "right" if checks else "no M served"
+        if failed is not None:
+            verdict = f"FAILED at M = {failed['num_tokens']}: {_short(failed['failure'])}"
+        agreements = [
+            each["top8_agreement"] for each in checks if each["top8_agreement"] is not None
+        ]
+        changes = results["bits_change_at"].get(name)
+        rows.append(
+            [name, verdict]
+            + [_worst(checks, "relative", kind) for kind in ("random", "scale", "hot")]
+            + [f"{100 * min(agreements):.1f} %" if agreements else "", _invariance(changes)]
+        )
+    headers = ["provider", "", "random", "scale", "hot", "same top 8", "batch-invariant"]
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+def detail_table(results: Results) -> str:
+    """Every timing: quartiles, bytes, GB/s and the ratio to the floor."""
+    rows = [
+        (
+            timing["mode"],
+            timing["num_tokens"],
+            _in_mode(results, timing["provider"], timing["mode"]),
+            timing["tp_size"],
+            f"{timing['median_us']:.2f}",
+            f"{timing['q25_us']:.2f}-{timing['q75_us']:.2f}",
+            f"{timing['bytes'] / 1e6:.2f}",
+            f"{timing['gb_s']:.0f}",
+            f"{timing['times_floor']:.1f}",
+        )
+        for timing in results["timings"]
+    ]
+    rows += [
+        ("", "", "", each["tp_size"], f"not run: {each['reason']}", "", "", "", "")
+        for each in results["not_run"]
+    ]
+    headers = ("mode", "M", "provider", "tp", "µs", "quartiles", "MB", "GB/s", "x floor")
+    starred = "\n* PDL cannot be switched off in this provider."
+    table = tabulate(rows, headers, disable_numparse=True)
+    return table + starred if any(" *" in row[2] for row in rows) else table
+
+
+def mode_table(results: Results, mode: str, tablefmt: str = "simple", tp_size: int = 1) -> str:
+    """Median µs by M, a column for each provider, and who is fastest with fp32 logits.
+
+    Where a kernel of this project was timed, the last column is the best peer's time
+    over the best of ours, fp32 logits again: bf16 logits are another, lesser result.
+    """
+    by_num_tokens = medians(results, mode, tp_size)
+    timed = {name for row in by_num_tokens.values() for name in row}
+    columns = [each for each in results["providers"] if each["name"] in timed]
+    fp32 = [each for each in columns if each["output"] == "float32"]
+    own = [each["name"] for each in fp32 if each["own_kernel"]]
+    peers = [each["name"] for each in fp32 if not each["ours"]]
+    rows = []
+    for num_tokens, row in by_num_tokens.items():
+        cells = [f"{row[each['name']]:.2f}" if each["name"] in row else "" for each in columns]
+        served = [each["name"] for each in fp32 if each["name"] in row]
+        cells.append(min(served, key=row.__getitem__, default=""))
+        if own:
+            cells.append(_ratio(row, peers, own))
+        rows.append([str(num_tokens), *cells])
+    names = [_in_mode(results, each["name"], mode) for each in columns]
+    if tablefmt == "simple":
+        names = [name.replace(" ", "\n") for name in names]
+    headers = ["M", *names, "fastest", *(["best peer / ours"] if own else [])]
+    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
+
+
+def summary(results: Results) -> str:
+    """What is printed last, and short: who is right, what failed, `cold`, the headline."""
+    headline = headline_mode(results)
+    measured = {timing["mode"] for timing in results["timings"]}
+    blocks = [accuracy_table(results)]
+    blocks += [
+        f"FAILED {each['provider']}, {each['mode']}, M = {each['num_tokens']}: {each['reason']}"
+        for each in _first_of_each(results["failures"])
+    ]
+    for tp_size in sorted({timing["tp_size"] for timing in results["timings"]} - {1}):
+        table = mode_table(results, headline, tp_size=tp_size)
+        blocks.append(f"{headline} on {tp_size} GPUs at once, slowest rank, µs:\n{table}")
+    blocks += [f"tp {each['tp_size']}: not run: {each['reason']}" for each in results["not_run"]]
+    blocks += [
+        f"{mode}, µs:\n{mode_table(results, mode)}"
+        for mode in dict.fromkeys(("cold", headline))
+        if mode in measured
+    ]
+    return "\n\n".join(blocks)
+
+
+def _first_of_each(failures: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first failure of each provider; the rest are in the JSON."""
+    first: dict[str, dict[str, Any]] = {}
+    for failure in failures:
+        first.setdefault(failure["provider"], failure)
+    return list(first.values())
+
+
+def _in_mode(results: Results, name: str, mode: str) -> str:
+    """The provider's name, with a star where the mode asks for no PDL and it has it."""
+    always = any(each["name"] == name and each["pdl"] == "always" for each in results["providers"])
+    return f"{name} *" if always and mode in _WITHOUT_PDL else name
+
+
+def _ratio(row: dict[str, float], peers: Sequence[str], own: Sequence[str]) -> str:
+    best_peer = min((row[name] for name in peers if name in row), default=None)
+    best_own = min((row[name] for name in own if name in row), default=None)
+    return "" if best_peer is None or best_own is None else f"{best_peer / best_own:.2f}"
+
+
+def _series(results: Results, mode: str) -> dict[str, dict[int, float]]:
+    """µs by M of each provider, in the order of `providers`."""
+    by_num_tokens = medians(results, mode)
+    names = [each["name"] for each in results["providers"]]
+    series = {
+        name: {m: row[name] for m, row in by_num_tokens.items() if name in row} for name in names
+    }
+    return {name: points for name, points in series.items() if points}
+
+
+def _plot(
+    results: Results,
+    series: dict[str, dict[int, float]],
+    title: str,
+    unit: str,
+    path: Path,
+) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = path.name
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
+    colors = [plt.get_cmap("tab20")(place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
+    names = [each["name"] for each in results["providers"]]
+    # The legend lists the lines as they lie at the largest M, from top to bottom.
+    for name, points in sorted(series.items(), key=lambda each: -list(each[1].values())[-1]):
+        style: dict[str, Any] = {"color": "black", "linestyle": ":"}
+        if name in names:
+            ours = results["providers"][names.index(name)]["ours"]
+            style = {"color": colors[names.index(name)], "linestyle": "--" if ours else "-"}
+            style |= {"marker": "s" if ours else "o", "markersize": 4}
+        axes.plot(list(points), list(points.values()), label=name, **style)
+    axes.set_xlabel("M (num_tokens)")
+    axes.set_ylabel(unit)
+    axes.set_ylim(bottom=0)
+    num_tokens = results["num_tokens"]
+    if len(num_tokens) <= 20:
+        axes.set_xticks(num_tokens)
+    axes.grid(alpha=0.3)
+    shape = f"N = {results['num_experts']}, K = {results['hidden_size']}"
+    better = "lower" if unit == "µs" else "higher"
+    axes.set_title(f"{results['gpu']}: {title}\n{shape}, bf16 inputs; {better} is better")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    saved = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    figure.savefig(saved[0], dpi=130)
+    figure.savefig(saved[1], metadata={"Date": None})
+    plt.close(figure)
+    return saved
+
+
+def _stem(results: Results) -> str:
+    return file_stem(results["gpu"], results["num_experts"], results["hidden_size"])
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _cell(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= 90 else reason[:89] + "…"
+
+
+def _worst(checks: Sequence[dict[str, Any]], measure: str, kind: str) -> str:
+    errors = [each[measure][kind] for each in checks if kind in each[measure]]
+    return f"{max(errors):.0e}" if errors else ""
+
+
+def _invariance(changes: list[int] | None) -> str:
+    if changes is None:
+        return ""
+    return "no, from M = " + ", ".join(map(str, changes)) if changes else "yes"
