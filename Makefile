@@ -8,6 +8,7 @@ READY  := $(VENV)/.ready
 
 run: $(READY)  ## what runs here, whether its numbers are right, and on a GPU how fast it is
 	$(VENV)/bin/sglang-router-gemm doctor
+	$(VENV)/bin/sglang-router-gemm check
 	$(VENV)/bin/python benchmark/kernels/deepseek/benchmark_deepgemm_dsv3_router_gemm_blackwell.py --quick
 
 test: lint  ## lint and every test that this machine can run
