@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: run test test-gpu lint clean
+.PHONY: run test test-gpu test-releases lint clean
 
 run: $(READY)  ## what runs here, whether its numbers are right, and on a GPU how fast it is
 	$(VENV)/bin/sglang-router-gemm doctor
@@ -16,6 +16,9 @@ test: lint  ## lint and every test that this machine can run
 
 test-gpu: $(READY)  ## the tests that need a Hopper or Blackwell GPU
 	$(VENV)/bin/python -m pytest -m gpu
+
+test-releases: $(READY)  ## every SGLang release since 0.5.11, from its wheel
+	$(VENV)/bin/python -m pytest -m releases
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sglang_router_gemm import __version__
 
@@ -30,12 +31,52 @@ def build_parser() -> argparse.ArgumentParser:
         "DeepseekV2Gate, for M = 1 to 64 on the GPU or else the CPU, and compares the logits "
         "with fp64. Exits with 1 where they differ by more than rounding.",
     )
+    prebuild = commands.add_parser(
+        "prebuild",
+        help="build FlashInfer's kernels now, without a GPU, so that the server does not",
+        description="Builds every kernel that FlashInfer would otherwise compile when the server "
+        "starts. Needs nvcc and no GPU. Exits with 1 where a build fails.",
+    )
+    prebuild.add_argument(
+        "--arch",
+        nargs="+",
+        metavar="ARCH",
+        help="compute capabilities of the GPUs, as in 9.0a 10.0a (default: this machine's)",
+    )
+    prebuild.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to start the server with as FLASHINFER_WORKSPACE_BASE (default: FlashInfer's)",
+    )
+    export = commands.add_parser(
+        "export",
+        help="turn a clean SGLang source checkout into the upstream PR",
+        description="Copies the in-tree files, the tests and the benchmark into an SGLang source "
+        "tree and edits its gate and its environ.py. Exits with 1, and changes nothing, where "
+        "that does not apply.",
+    )
+    export.add_argument("checkout", type=Path, metavar="CHECKOUT", help="SGLang's source tree")
+    only = export.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="say whether it applies, change nothing")
+    only.add_argument("--diff", action="store_true", help="print the diff, change nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status; 2 stands for a bad setting."""
     arguments = build_parser().parse_args(argv)
+    if arguments.command == "prebuild":
+        from sglang_router_gemm import prebuild
+
+        return prebuild.run(arguments.arch, arguments.out)
+    if arguments.command == "export":
+        try:
+            from sglang_router_gemm import export
+        except ModuleNotFoundError as error:
+            print(f"sglang-router-gemm: {error}; pip install '.[export]'", file=sys.stderr)
+            return 1
+        return export.run(arguments.checkout, check=arguments.check, diff=arguments.diff)
     # Imported late: SGLang takes seconds, and --help needs none of it.
     from sglang.srt.utils.router_gemm.environ import requested_backend
 

@@ -1,20 +1,14 @@
-"""The SGLang plugin: puts the gate's fast path in front of `MoEGate.forward`."""
+"""The SGLang plugin: where SGLang is as the patch needs it, the gate gets its fast path."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
 
-import torch
-
-from sglang.srt.models.deepseek_v2_gate import fast_router_logits, prepare_router_gemm
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.utils.router_gemm.environ import requested_backend
+from sglang_router_gemm.contract import GATE_CLASS, examine
 
 logger = logging.getLogger(__name__)
-
-GATE = "sglang.srt.models.deepseek_v2.MoEGate"
 
 
 def activate() -> None:
@@ -26,25 +20,28 @@ def activate() -> None:
         ValueError: `SGLANG_ROUTER_GEMM_BACKEND` holds an unknown name. SGLang logs the
             error and goes on without the plugin.
     """
+    contract = examine(_sglang())
+    if contract.problem is not None:
+        logger.warning(
+            "Router GEMM: this SGLang does not fit, its own gate serves instead: %s.",
+            contract.problem,
+        )
+        return
+    if contract.in_tree:
+        logger.info("Router GEMM: SGLang's %s has the fast path, the plugin rests.", GATE_CLASS)
+        return
+    # Only now: an SGLang that does not fit may fail to import what these need.
+    from sglang.srt.utils.router_gemm.environ import requested_backend
+    from sglang_router_gemm import hooks
+
     if requested_backend() == "off":
         logger.info("Router GEMM: SGLANG_ROUTER_GEMM_BACKEND=off, SGLang's gate is untouched.")
         return
-    HookRegistry.register(f"{GATE}.__init__", _after_init, HookType.AFTER)
-    HookRegistry.register(f"{GATE}.forward", _around_forward, HookType.AROUND)
+    hooks.register()
 
 
-def _after_init(result: None, gate: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-    prepare_router_gemm(gate.weight)
-
-
-def _around_forward(
-    original_forward: Callable[..., torch.Tensor],
-    gate: torch.nn.Module,
-    hidden_states: torch.Tensor,
-    gemm_output_zero_allocator: Any = None,
-    forward_batch: Any = None,
-) -> torch.Tensor:
-    logits = fast_router_logits(hidden_states, gate.weight, forward_batch)
-    if logits is not None:
-        return logits
-    return original_forward(gate, hidden_states, gemm_output_zero_allocator, forward_batch)
+def _sglang() -> Path:
+    spec = find_spec("sglang")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent

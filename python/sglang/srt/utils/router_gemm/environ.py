@@ -7,21 +7,25 @@ from typing import TypeVar
 
 import torch
 
-from sglang.srt.environ import EnvBool, EnvField, EnvStr
+from sglang.srt.environ import EnvBool, EnvField, EnvStr, envs
 from sglang.srt.utils.router_gemm.policy import BACKENDS
 
 _Field = TypeVar("_Field", bound=EnvField)
 
 
-def _named(name: str, field: _Field) -> _Field:
-    # SGLang's registry class names its fields through __set_name__ and then closes
-    # that door; fields that live outside of it are named by hand.
+def _registered(name: str, field: _Field) -> _Field:
+    # A released SGLang does not have the two in its registry, the class Envs. That class
+    # names its fields through __set_name__ and then closes that door; fields that live
+    # outside of it are named by hand. No "or": a field has no truth value.
+    registered: _Field | None = getattr(envs, name, None)
+    if registered is not None:
+        return registered
     field.name = name
     return field
 
 
-SGLANG_ROUTER_GEMM_BACKEND: EnvStr = _named("SGLANG_ROUTER_GEMM_BACKEND", EnvStr("auto"))
-SGLANG_ROUTER_GEMM_PDL: EnvBool = _named("SGLANG_ROUTER_GEMM_PDL", EnvBool(None))
+SGLANG_ROUTER_GEMM_BACKEND: EnvStr = _registered("SGLANG_ROUTER_GEMM_BACKEND", EnvStr("auto"))
+SGLANG_ROUTER_GEMM_PDL: EnvBool = _registered("SGLANG_ROUTER_GEMM_PDL", EnvBool(None))
 
 
 @torch.compiler.assume_constant_result
