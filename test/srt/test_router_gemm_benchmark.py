@@ -622,3 +622,7 @@ def test_a_readme_without_the_markers(
         update_readme.main(["--readme", str(readme), "--results", str(tmp_path)])
     assert stopped.value.code == 2
     assert "must" in capsys.readouterr().err
+
+
+def test_the_readme_is_up_to_date_with_the_committed_results() -> None:
+    assert update_readme.main(["--check"]) == 0
