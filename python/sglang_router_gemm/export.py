@@ -45,7 +45,6 @@ _TESTS_THERE = "test/srt/router_gemm"
 _TEST_FILES = ("conftest", *(f"test_router_gemm_{name}" for name in ("environ", "gate", "gpu")))
 _TEST_FILES += ("test_router_gemm_ops", "test_router_gemm_policy")
 _BENCHMARK = "benchmark/kernels/deepseek"
-_NOT_FOR_SGLANG = frozenset({"update_readme.py"})
 
 # What tests and benchmark share lies in this package here, and in `sglang.test` there.
 _SHARED = ("check", "routing")
@@ -248,8 +247,7 @@ def _new_files(package: str) -> dict[str, str]:
     for name in _TEST_FILES:
         files[f"{_TESTS_THERE}/{name}.py"] = root / _TESTS / f"{name}.py"
     for file in sorted((root / _BENCHMARK).rglob("*.py")):
-        if file.name not in _NOT_FOR_SGLANG:
-            files[file.relative_to(root).as_posix()] = file
+        files[file.relative_to(root).as_posix()] = file
     return {path: _for_sglang(file.read_text(encoding="utf-8")) for path, file in files.items()}
 
 

@@ -19,7 +19,6 @@ FOLDER = ROOT / "benchmark" / "kernels" / "deepseek"
 sys.path.insert(0, str(FOLDER))  # as where the script is run as a file
 
 import benchmark_deepgemm_dsv3_router_gemm_blackwell as benchmark  # noqa: E402
-import update_readme  # noqa: E402
 from router_gemm_benchmark import accuracy, report, timing  # noqa: E402
 from router_gemm_benchmark.providers import (  # noqa: E402
     CUBLAS,
@@ -587,42 +586,3 @@ def test_the_summary_fits_and_ends_with_the_headline(results: dict[str, Any]) ->
     assert lines[-1].split()[0] == "16"
     assert "chain, µs:" in lines
     assert "warm, µs:" not in lines
-
-
-def test_readme_from_results(
-    results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme, folder = tmp_path / "README.md", tmp_path / "benchmark" / "results"
-    report.save_json(results, folder)
-    other_shape = results | {"num_experts": 384}
-    report.save_json(other_shape, folder)
-    readme.write_text(f"# Before\n{update_readme.BEGIN}\n{update_readme.END}\nAfter\n")
-    arguments = ["--readme", str(readme), "--results", str(folder)]
-    assert update_readme.main([*arguments, "--check"]) == 1
-    assert "stale" in capsys.readouterr().err
-    assert update_readme.main(arguments) == 0
-    written = readme.read_text()
-    assert written.startswith("# Before\n")
-    assert written.endswith("\nAfter\n")
-    assert written.count("### NVIDIA H100") == 1
-    assert "(benchmark/results/h100_chain.png)" in written
-    assert "6.20" in written
-    assert update_readme.main([*arguments, "--check"]) == 0
-    assert update_readme.main(arguments) == 0
-    assert readme.read_text() == written
-
-
-@pytest.mark.parametrize("text", ["none", f"{update_readme.END}{update_readme.BEGIN}"])
-def test_a_readme_without_the_markers(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        update_readme.main(["--readme", str(readme), "--results", str(tmp_path)])
-    assert stopped.value.code == 2
-    assert "must" in capsys.readouterr().err
-
-
-def test_the_readme_is_up_to_date_with_the_committed_results() -> None:
-    assert update_readme.main(["--check"]) == 0

@@ -1,7 +1,7 @@
-"""Writes the figures of docs/upstream_pr.md, from the committed results.
+"""Writes the figures of README.md and docs/upstream_pr.md, from the committed results.
 
-python3 fill_upstream_pr.py            rewrites the blocks between the markers
-python3 fill_upstream_pr.py --check    exits with 1 where a block is not up to date
+python3 fill_figures.py            rewrites the blocks between the markers
+python3 fill_figures.py --check    exits with 1 where a block is not up to date
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(BENCHMARK))
 
 from router_gemm_benchmark.report import (  # noqa: E402
     accuracy_table,
+    file_stem,
     headline_mode,
     mode_table,
 )
@@ -31,6 +32,8 @@ Results = Mapping[str, Any]
 BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 BLACKWELL = re.compile(r"\bG?B\d00\b")
 NAMED = ("torch", "sglang", "flashinfer-python")
+DEEPSEEK_V3 = (256, 7168)
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "upstream_pr.md")
 
 
 def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
@@ -78,6 +81,23 @@ def speed(benchmarks: Sequence[Results]) -> str:
     return "\n\n".join(parts)
 
 
+def speed_with_plots(benchmarks: Sequence[Results]) -> str:
+    """The headline table and plot of each GPU, for DeepSeek-V3's shape alone."""
+    shown = [run for run in benchmarks if (run["num_experts"], run["hidden_size"]) == DEEPSEEK_V3]
+    parts = []
+    folder = (BENCHMARK / "results").relative_to(ROOT).as_posix()
+    for run in shown:
+        mode = headline_mode(dict(run))
+        stem = file_stem(run["gpu"], run["num_experts"], run["hidden_size"])
+        parts += [
+            f"### {run['gpu']}",
+            f"`{mode}`, µs by M, median of {run['rounds']} rounds: {_benchmark(run)}.",
+            mode_table(dict(run), mode, tablefmt="github"),
+            f"![{mode} on {run['gpu']}]({folder}/{stem}_{mode}.png)",
+        ]
+    return "\n\n".join(parts)
+
+
 def not_measured(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
     """What the committed results do not have."""
     gpus = sorted(
@@ -103,21 +123,21 @@ def not_measured(servers: Sequence[Results], benchmarks: Sequence[Results]) -> s
 
 
 def fill(text: str, blocks: Mapping[str, str]) -> str:
-    """`text` with each block's content replaced.
+    """`text` with the content of each of its blocks replaced.
 
     Raises:
-        ValueError: `text` does not have just these blocks, once each.
+        ValueError: `text` has no block, a block twice, or one that is not in `blocks`.
     """
     found = sorted(name for _, name, _ in BLOCK.findall(text))
-    if found != sorted(blocks):
-        raise ValueError(f"the text has the blocks {found}, must have {sorted(blocks)}")
+    if not found or len(set(found)) < len(found) or not blocks.keys() >= set(found):
+        raise ValueError(f"the blocks are {found}, must be some of {sorted(blocks)}, once each")
     return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}\n{match[3]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
-    parser.add_argument("--text", type=Path, default=ROOT / "docs" / "upstream_pr.md")
+    parser.add_argument("--texts", type=Path, nargs="+", default=TEXTS, metavar="FILE")
     parser.add_argument("--servers", type=Path, default=ROOT / "test" / "srt" / "results")
     parser.add_argument("--benchmarks", type=Path, default=BENCHMARK / "results")
     arguments = parser.parse_args(argv)
@@ -125,22 +145,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = [run for run in _load(arguments.benchmarks) if run.get("timings")]
     blocks = {
         "accuracy": accuracy(servers, benchmarks),
-        "speed": speed(benchmarks),
+        "benchmark": speed_with_plots(benchmarks),
         "not_measured": not_measured(servers, benchmarks),
+        "speed": speed(benchmarks),
     }
-    old = arguments.text.read_text()
-    try:
-        new = fill(old, blocks)
-    except ValueError as error:
-        parser.error(str(error))
-    if old == new:
-        return 0
-    if arguments.check:
-        print(f"{arguments.text} is stale: run {Path(__file__).name}", file=sys.stderr)
-        return 1
-    arguments.text.write_text(new)
-    print(f"wrote {arguments.text}")
-    return 0
+    stale = False
+    for path in arguments.texts:
+        old = path.read_text()
+        try:
+            new = fill(old, blocks)
+        except ValueError as error:
+            parser.error(f"{path}: {error}")
+        if old == new:
+            continue
+        stale = True
+        if arguments.check:
+            print(f"{path} is stale: run {Path(__file__).name}", file=sys.stderr)
+        else:
+            path.write_text(new)
+            print(f"wrote {path}")
+    return int(stale and arguments.check)
 
 
 def _load(folder: Path) -> list[dict[str, Any]]:
