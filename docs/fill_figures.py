@@ -22,9 +22,9 @@ sys.path.insert(0, str(BENCHMARK))
 
 from router_gemm_benchmark.report import (  # noqa: E402
     accuracy_table,
-    file_stem,
     headline_mode,
     mode_table,
+    plot_stem,
 )
 
 Results = Mapping[str, Any]
@@ -71,30 +71,18 @@ def speed(benchmarks: Sequence[Results]) -> str:
     """The benchmark's headline table of each GPU and shape."""
     if not benchmarks:
         return "No results of the benchmark are committed yet."
-    parts = []
-    for run in benchmarks:
-        mode = headline_mode(dict(run))
-        parts += [
-            f"`{mode}` on {_benchmark(run)}: µs by M, median of {run['rounds']} rounds.",
-            mode_table(dict(run), mode, tablefmt="github"),
-        ]
-    return "\n\n".join(parts)
+    return "\n\n".join(map(_speed_of, benchmarks))
 
 
 def speed_with_plots(benchmarks: Sequence[Results]) -> str:
     """The headline table and plot of each GPU, for DeepSeek-V3's shape alone."""
-    shown = [run for run in benchmarks if (run["num_experts"], run["hidden_size"]) == DEEPSEEK_V3]
-    parts = []
     folder = (BENCHMARK / "results").relative_to(ROOT).as_posix()
-    for run in shown:
-        mode = headline_mode(dict(run))
-        stem = file_stem(run["gpu"], run["num_experts"], run["hidden_size"])
-        parts += [
-            f"### {run['gpu']}",
-            f"`{mode}`, µs by M, median of {run['rounds']} rounds: {_benchmark(run)}.",
-            mode_table(dict(run), mode, tablefmt="github"),
-            f"![{mode} on {run['gpu']}]({folder}/{stem}_{mode}.png)",
-        ]
+    parts = []
+    for run in benchmarks:
+        if (run["num_experts"], run["hidden_size"]) == DEEPSEEK_V3:
+            mode = headline_mode(dict(run))
+            plot = f"{folder}/{plot_stem(dict(run), mode)}.png"
+            parts += [f"### {run['gpu']}", _speed_of(run), f"![{mode} on {run['gpu']}]({plot})"]
     return "\n\n".join(parts)
 
 
@@ -169,6 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _speed_of(run: Results) -> str:
+    mode = headline_mode(dict(run))
+    table = mode_table(dict(run), mode, tablefmt="github")
+    return f"`{mode}` on {_benchmark(run)}: µs by M, median of {run['rounds']} rounds.\n\n{table}"
 
 
 def _requests(serving: Results) -> list[Any]:

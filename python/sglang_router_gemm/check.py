@@ -34,15 +34,19 @@ class GateCheck(NamedTuple):
         return self.relative_error <= TOLERANCE[self.logits_dtype]
 
 
-def sglang_gate(device: torch.device) -> torch.nn.Module:
-    """SGLang's `MoEGate` at DeepSeek-V3's width, with every installed plugin applied."""
+def sglang_gate(
+    device: torch.device, num_experts: int = NUM_EXPERTS, hidden_size: int = HIDDEN_SIZE
+) -> torch.nn.Module:
+    """SGLang's `MoEGate`, by default at DeepSeek-V3's width, with every plugin applied."""
     load_plugins()
     from sglang.srt.models.deepseek_v2 import MoEGate
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
     # MoEGate.forward asks the published ServerArgs for deterministic inference.
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device=device.type))
-    return _build(lambda config: MoEGate(config, quant_config=None), device)
+    return _build(
+        lambda config: MoEGate(config, quant_config=None), device, num_experts, hidden_size
+    )
 
 
 def deepseek_v2_gate(device: torch.device) -> torch.nn.Module:
@@ -97,10 +101,13 @@ def run() -> int:
 
 
 def _build(
-    make_gate: Callable[[SimpleNamespace], torch.nn.Module], device: torch.device
+    make_gate: Callable[[SimpleNamespace], torch.nn.Module],
+    device: torch.device,
+    num_experts: int = NUM_EXPERTS,
+    hidden_size: int = HIDDEN_SIZE,
 ) -> torch.nn.Module:
     config = SimpleNamespace(
-        n_routed_experts=NUM_EXPERTS, hidden_size=HIDDEN_SIZE, topk_method="noaux_tc"
+        n_routed_experts=num_experts, hidden_size=hidden_size, topk_method="noaux_tc"
     )
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # as SGLang's loader does around the model

@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(0) if device_type == "cuda" else None,
         "sm": sm,
-        "versions": {name: _version(name) for name in PACKAGES} | {"cuda": torch.version.cuda},
+        "versions": installed_versions(),
         "nvcc": _nvcc(),
         "settings": {
             SGLANG_ROUTER_GEMM_BACKEND.name: requested,
@@ -76,6 +76,11 @@ def examine() -> dict[str, Any]:
             for model, num_experts, hidden_size in MODELS
         ],
     }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """The packages that a decision or a number may depend on, None where one is missing."""
+    return {name: _version(name) for name in PACKAGES} | {"cuda": torch.version.cuda}
 
 
 def run(as_json: bool) -> int:

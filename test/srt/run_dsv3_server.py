@@ -33,7 +33,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ import requests
 import torch
 from tabulate import tabulate
 
+from sglang_router_gemm.doctor import installed_versions
 from sglang_router_gemm.routing import agreement, grouped_topk
 
 VOCAB_SIZE = 8192
@@ -290,13 +290,8 @@ def environment() -> dict[str, str]:
         check=False,
     ).stdout.split()
     found = {"GPU": torch.cuda.get_device_name(0), "driver": (driver or ["unknown"])[0]}
-    for name in ("torch", "sglang", "flashinfer-python", "sglang-kernel", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    found["torch"] = torch.__version__
-    found["CUDA"] = torch.version.cuda or "none"
+    found |= {name: has or "not installed" for name, has in installed_versions().items()}
+    found["torch"] = torch.__version__  # with the CUDA that it was built for
     found["Python"] = platform.python_version()
     found["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     return found

@@ -28,7 +28,6 @@ READ = (
 )
 # The settings of SGLang's pre-commit hooks.
 ISORT = "[settings]\nprofile=black\nknown_first_party=sglang\n"
-RUFF = ("--isolated", "--select", "F401,F821")
 
 
 def git(checkout: Path, *arguments: str) -> str:
@@ -62,6 +61,19 @@ def contents(checkout: Path) -> dict[str, bytes]:
         for file in checkout.rglob("*")
         if file.is_file() and ".git" not in file.parts
     }
+
+
+def lint(checkout: Path, files: list[str], rules: str) -> None:
+    """isort and ruff, as SGLang runs them."""
+    for linter in (["isort", "--check-only"], ["ruff", "check", "--isolated", "--select", rules]):
+        done = subprocess.run(
+            [sys.executable, "-m", *linter, *files],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -111,15 +123,7 @@ def test_sglangs_own_linters_pass(checkout: Path) -> None:
     assert main(["export", str(checkout)]) == 0
     commit(checkout)
     files = git(checkout, "diff", "--name-only", "HEAD~").split()
-    for linter in (["isort", "--check-only"], ["ruff", "check", *RUFF]):
-        done = subprocess.run(
-            [sys.executable, "-m", *linter, *files],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    lint(checkout, files, "F401,F821")
 
 
 def test_again_is_the_same(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_router_gemm_export import ISORT, lint
 
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.contract import GATE_MODULE, MODEL, OP, Contract, examine
@@ -90,20 +91,9 @@ def test_the_export_applies(
     after = (checkout / "python/sglang" / MODEL).read_text()
     added = [line for line in after.splitlines() if line not in set(before.splitlines())]
     assert len(added) < 25
-    (checkout / ".isort.cfg").write_text("[settings]\nprofile=black\nknown_first_party=sglang\n")
+    (checkout / ".isort.cfg").write_text(ISORT)
     edited = [f"python/sglang/{MODEL}", "python/sglang/srt/environ.py"]
-    for linter in (
-        ["isort", "--check-only"],
-        ["ruff", "check", "--isolated", "--select", "F821"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", *linter, *edited],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    lint(checkout, edited, "F821")
     assert _unused_imports(after) <= _unused_imports(before)
     # Our op and no other has the name, and the gate asks the fast path first.
     contract = examine(checkout / "python" / "sglang")

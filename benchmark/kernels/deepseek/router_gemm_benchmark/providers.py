@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -263,21 +262,11 @@ def _sglang_tiny_gemm(num_experts: int, hidden_size: int, device: torch.device) 
 
 
 def _sglang_gate(num_experts: int, hidden_size: int, device: torch.device) -> Gemm:
-    gate_class = _kernel(device, ("sglang.srt.models.deepseek_v2", "MoEGate"))
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+    _need_cuda(device)
+    from sglang_router_gemm.check import sglang_gate
 
-    # MoEGate.forward asks the published ServerArgs for deterministic inference.
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device=device.type))
-    config = SimpleNamespace(
-        n_routed_experts=num_experts, hidden_size=hidden_size, topk_method="noaux_tc"
-    )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(BF16)  # as SGLang's loader does around the model
-    try:
-        with device:
-            gate = gate_class(config, quant_config=None).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(previous)
+    gate = sglang_gate(device, num_experts, hidden_size)
+    gate_class = type(gate)
     # Where a plugin hooked the class, the release's own forward lies below.
     forward = getattr(gate_class.forward, "__wrapped__", gate_class.forward)
 

@@ -113,13 +113,12 @@ def save_plots(results: Results, directory: Path) -> list[Path]:
             # fp32 logits are a few more bytes than bf16 ones.
             num_tokens = timing["num_tokens"]
             floors[num_tokens] = max(floors.get(num_tokens, 0.0), timing["floor_us"])
-    stem, suffix = _stem(results), mode.replace(", ", "_").replace(" ", "_")
     saved = _plot(
         results,
         series | {"floor: bytes / copy bandwidth": dict(sorted(floors.items()))},
         f"router GEMM, {mode}: time of one call",
         "µs",
-        directory / f"{stem}_{suffix}",
+        directory / plot_stem(results, mode),
     )
     if CUBLAS in series:
         base = series[CUBLAS]
@@ -132,9 +131,14 @@ def save_plots(results: Results, directory: Path) -> list[Path]:
             ratios,
             f"router GEMM, {mode}: speed-up over {CUBLAS}",
             f"times as fast as {CUBLAS}",
-            directory / f"{stem}_speedup",
+            directory / f"{_stem(results)}_speedup",
         )
     return saved
+
+
+def plot_stem(results: Results, mode: str) -> str:
+    """Name of the plot of one mode, without its ending."""
+    return f"{_stem(results)}_{mode.replace(', ', '_').replace(' ', '_')}"
 
 
 def headline_mode(results: Results) -> str:
