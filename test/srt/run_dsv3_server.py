@@ -414,8 +414,8 @@ def main() -> int:
         )
     )
     print(text)
-    taken = f"M 1-16 {arguments.backend}"
-    return int(not any(taken in line for line in servings[0].log_lines))
+    taken = re.compile(rf"M 1-\d+ {arguments.backend}\b")
+    return int(not any(map(taken.search, servings[0].log_lines)))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,6 @@ def test_an_unknown_backend_is_an_error_that_lists_the_names(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", name)
-    with pytest.raises(
-        ValueError, match=f"is '{name}', must be one of auto, flashinfer, sgl_kernel, torch, off"
-    ):
+    names = "auto, cluster, flashinfer, sgl_kernel, torch, off"
+    with pytest.raises(ValueError, match=f"is '{name}', must be one of {names}"):
         requested_backend()

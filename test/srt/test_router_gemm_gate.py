@@ -26,6 +26,7 @@ from sglang_router_gemm.check import deepseek_v2_gate as build_deepseek_v2_gate
 
 CPU = torch.device("cpu")
 CONFIG = SimpleNamespace(n_routed_experts=256, hidden_size=7168, topk_method="noaux_tc")
+LOADED = kernels._Target("flashinfer", 0, 256, 7168)
 FLASHINFER_OP = torch.ops.sglang.flashinfer_dsv3_router_gemm
 
 
@@ -130,7 +131,7 @@ def test_flashinfer_absent_or_broken(
 
 
 def test_a_kernel_that_was_not_loaded_is_unavailable() -> None:
-    reason = kernels.unavailable("flashinfer", torch.device("cuda", 7))
+    reason = kernels.unavailable("flashinfer", torch.device("cuda", 7), 256, 7168)
     assert reason == "its kernel was not loaded with the model"
 
 
@@ -236,12 +237,12 @@ def test_a_kernel_that_does_not_load_warns_once_and_never_raises(
 ) -> None:
     """The real `load`, which fails here for want of a GPU; on a GPU see test_router_gemm_gpu."""
     monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 100)
-    monkeypatch.delitem(kernels._flashinfer_loaded, 0, raising=False)
+    monkeypatch.delitem(kernels._loaded, LOADED, raising=False)
     for _ in range(2):
         _load_on_blackwell("auto")
     (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "install the CUDA toolkit" in said
-    assert kernels._flashinfer_loaded.pop(0)
+    assert kernels._loaded.pop(LOADED)
 
 
 def test_the_log_says_what_serves_which_m(
@@ -249,7 +250,7 @@ def test_the_log_says_what_serves_which_m(
 ) -> None:
     monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 103)
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", "0")
-    monkeypatch.setitem(kernels._flashinfer_loaded, 0, None)
+    monkeypatch.setitem(kernels._loaded, LOADED, None)
     with caplog.at_level(logging.INFO):
         _load_on_blackwell("auto")
     assert [record.message for record in caplog.records] == [
@@ -291,7 +292,10 @@ class Tracer:
 
     @property
     def takes_the_op(self) -> bool:
-        return any(node.target is FLASHINFER_OP for node in self.graphs[-1].nodes)
+        return self.takes(FLASHINFER_OP)
+
+    def takes(self, op: object) -> bool:
+        return any(node.target is op for node in self.graphs[-1].nodes)
 
 
 @pytest.fixture
@@ -300,7 +304,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def be(sm: int) -> None:
         monkeypatch.setattr(call, "device_sm", lambda device_type, index: sm)
-        monkeypatch.setitem(kernels._flashinfer_loaded, 0, None)
+        monkeypatch.setitem(kernels._loaded, LOADED, None)
 
     return be
 
@@ -335,6 +339,23 @@ def test_auto_on_hopper_is_sglangs_own_forward(on_gpu: Callable[[int], None]) ->
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
     assert not traced.takes_the_op
+
+
+@pytest.mark.parametrize("build", [sglang_gate, build_deepseek_v2_gate])
+def test_a_forced_cluster_serves_every_m_in_one_graph(
+    build: Callable[[torch.device], torch.nn.Module],
+    on_gpu: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_gpu(90)
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cluster")
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    traced = Tracer(_on_fake_cuda(build(CPU)))
+    for num_tokens in (1, 2, 16, 17, 64, 128, 129, 300):
+        logits = traced(num_tokens)
+        assert (logits.shape, logits.dtype) == ((num_tokens, 256), torch.float32)
+        assert traced.takes(torch.ops.sglang.cluster_router_gemm)
+    assert len(traced.graphs) <= 2
 
 
 def test_a_forced_flashinfer_is_taken_on_hopper(
@@ -381,7 +402,7 @@ def test_a_kernel_that_did_not_load_is_sglangs_own_forward(
     on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu(100)
-    monkeypatch.setitem(kernels._flashinfer_loaded, 0, "nvcc is missing")
+    monkeypatch.setitem(kernels._loaded, LOADED, "nvcc is missing")
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
     assert not traced.takes_the_op

@@ -35,7 +35,7 @@ def flashinfer_backend(monkeypatch: pytest.MonkeyPatch, publish_server_args: obj
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "flashinfer")
     _, weight = random_inputs(1, "cuda")
     prepare_router_gemm(weight)
-    assert kernels.unavailable("flashinfer", weight.device) is None
+    assert kernels.unavailable("flashinfer", weight.device, 256, 7168) is None
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_several_ranks_build_once_at_load_and_not_in_a_capture(tmp_path: Path) -
         "graph.replay()\n"
         "expected = hidden_states.double() @ gate.weight.double().t()\n"
         "assert torch.dist(logits.double(), expected) / expected.norm() < 1e-6\n"
-        "assert kernels.unavailable('flashinfer', torch.device('cuda', 0)) is None\n"
+        "assert kernels.unavailable('flashinfer', torch.device('cuda', 0), 256, 7168) is None\n"
         "print('SERVES', len(before))\n"
     )
     env = os.environ | {

@@ -13,6 +13,7 @@ from sglang.srt.utils.router_gemm import ops
 
 FLASHINFER_OP = torch.ops.sglang.flashinfer_dsv3_router_gemm.default
 SGL_KERNEL_OP = torch.ops.sglang.sgl_kernel_dsv3_router_gemm.default
+CLUSTER_OP = torch.ops.sglang.cluster_router_gemm.default
 
 
 def test_schema() -> None:
@@ -23,6 +24,9 @@ def test_schema() -> None:
     assert str(SGL_KERNEL_OP._schema) == (
         "sglang::sgl_kernel_dsv3_router_gemm(Tensor hidden_states, Tensor weight) -> Tensor"
     )
+    assert str(CLUSTER_OP._schema) == (
+        "sglang::cluster_router_gemm(Tensor hidden_states, Tensor weight) -> Tensor"
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 17])
@@ -30,6 +34,7 @@ def test_opcheck(num_tokens: int) -> None:
     inputs = random_inputs(num_tokens)
     torch.library.opcheck(FLASHINFER_OP, (torch.empty(num_tokens, 256), *inputs))
     torch.library.opcheck(SGL_KERNEL_OP, inputs)
+    torch.library.opcheck(CLUSTER_OP, inputs)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 100])
@@ -38,10 +43,12 @@ def test_ops_are_total_over_m(num_tokens: int) -> None:
     logits = torch.full((num_tokens, 256), torch.nan)
     ops.flashinfer_dsv3_router_gemm(logits, hidden_states, weight)
     again = ops.sgl_kernel_dsv3_router_gemm(hidden_states, weight)
-    assert logits.shape == again.shape == (num_tokens, 256)
+    ours = ops.cluster_router_gemm(hidden_states, weight)
+    assert logits.shape == again.shape == ours.shape == (num_tokens, 256)
     if num_tokens:
         assert relative_error(logits, hidden_states, weight) < 1e-6
         assert relative_error(again, hidden_states, weight) < 1e-6
+        assert relative_error(ours, hidden_states, weight) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -56,6 +63,56 @@ def test_ops_are_total_over_m(num_tokens: int) -> None:
 def test_bad_logits_are_named(logits: torch.Tensor, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ops._flashinfer_dsv3_router_gemm(logits, *random_inputs(2))
+
+
+@pytest.mark.parametrize(
+    ("hidden_states", "weight", "said"),
+    [
+        (torch.empty(512), None, r"hidden_states has shape \[512\], must be a matrix"),
+        (None, torch.empty(1, 16, 512).bfloat16(), r"weight has shape \[1, 16, 512\], must be a m"),
+        (
+            torch.empty(2, 512).double(),
+            None,
+            "hidden_states is torch.float64, must be torch.bfloat",
+        ),
+        (None, torch.empty(16, 512).int(), "weight is torch.int32, must be torch.bfloat16"),
+        (None, torch.empty(16, 512).half(), "weight is torch.float16, must be torch.bfloat16"),
+        (
+            None,
+            torch.empty(16, 511).bfloat16(),
+            r"weight has shape \[16, 511\], must be \[N, 512\]",
+        ),
+        (
+            None,
+            torch.empty(16, 512, dtype=torch.bfloat16, device="meta"),
+            "weight is on meta, must be on cpu",
+        ),
+    ],
+)
+def test_bad_operands_of_cluster_are_named(
+    hidden_states: torch.Tensor | None, weight: torch.Tensor | None, said: str
+) -> None:
+    right = random_inputs(2, num_experts=16, hidden_size=512)
+    hidden_states = right[0] if hidden_states is None else hidden_states
+    weight = right[1] if weight is None else weight
+    with pytest.raises(ValueError, match=said):
+        ops._cluster_router_gemm(hidden_states, weight)
+
+
+def test_cluster_compiles_with_a_dynamic_m() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(
+        lambda hidden_states, weight: ops.cluster_router_gemm(hidden_states, weight) * 1,
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
+    )
+    for num_tokens in (2, 16, 17, 128, 300):
+        hidden_states, weight = random_inputs(num_tokens)
+        logits = compiled(hidden_states, weight)
+        assert relative_error(logits, hidden_states, weight) < 1e-6
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -146,18 +146,71 @@ def test_off_is_off(call: RouterGemmCall) -> None:
 
 @pytest.mark.parametrize("requested", BACKENDS)
 def test_the_ranges_say_what_the_decision_is_for_every_m(requested: str) -> None:
-    """`decisions_by_num_tokens`, which doctor and the log print, against M = 1 to 64."""
+    """`decisions_by_num_tokens`, which doctor and the log print, against M = 1 to 200."""
     for call in (BLACKWELL, HOPPER, RouterGemmCall("cpu", None, 1, 256, 7168)):
         told = {}
         for tokens, decision in decisions_by_num_tokens(call, requested, READY):
             first, _, last = tokens.removesuffix("+").partition("-")
-            end = int(last) if last else 64
+            end = int(last) if last else 200
             told.update(dict.fromkeys(range(int(first), end + 1), decision.backend))
         decided = {
             m: select_backend(call._replace(num_tokens=m), requested, READY).backend
-            for m in range(1, 65)
+            for m in range(1, 201)
         }
         assert told == decided
+
+
+KIMI = HOPPER._replace(num_experts=384)
+
+
+@pytest.mark.parametrize("sm", [90, 100, 103, 120])
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 128, None])
+@pytest.mark.parametrize(
+    ("num_experts", "hidden_size"),
+    [(256, 7168), (384, 7168), (128, 7168), (256, 6144), (160, 5120), (16, 512), (1024, 8192)],
+)
+def test_cluster_serves_multiples_of_16_and_512(
+    num_experts: int, hidden_size: int, num_tokens: int | None, sm: int
+) -> None:
+    call = RouterGemmCall("cuda", sm, num_tokens, num_experts, hidden_size)
+    assert select_backend(call, "cluster", READY) == ("cluster", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "condition", "reason"),
+    [
+        ({"sm": 89}, "sm", "SM is 89, must be 90 or newer"),
+        ({"num_tokens": 129}, "num_tokens", "M is 129, must be 0 to 128"),
+        ({"num_experts": 8}, "num_experts", "N is 8, must be a multiple of 16 up to 1024"),
+        ({"num_experts": 250}, "num_experts", "N is 250, must be a multiple of 16 up to 1024"),
+        ({"num_experts": 1040}, "num_experts", "N is 1040, must be a multiple of 16 up to 1024"),
+        ({"hidden_size": 7000}, "hidden_size", "K is 7000, must be a multiple of 512 up to 8192"),
+        ({"hidden_size": 8704}, "hidden_size", "K is 8704, must be a multiple of 512 up to 8192"),
+        ({"row_major": False}, "row_major", "hidden_states and weight must be dense and row-major"),
+        ({"deterministic_inference": True}, None, None),
+    ],
+)
+def test_cluster_refuses(change: dict[str, object], condition: str | None, reason: str) -> None:
+    refusal = refuse("cluster", HOPPER._replace(**change), None)
+    assert refusal is not None
+    if condition is not None:
+        assert refusal == (condition, reason)
+
+
+@pytest.mark.parametrize("call", [HOPPER, KIMI, BLACKWELL._replace(sm=120)])
+def test_auto_does_not_take_cluster(call: RouterGemmCall) -> None:
+    assert select_backend(call, "auto", READY).backend is None
+
+
+@pytest.mark.parametrize(
+    ("change", "condition"),
+    [({"num_experts": 384}, "num_experts"), ({"num_tokens": 17}, "num_tokens")],
+)
+def test_auto_stays_within_what_was_measured(change: dict[str, int], condition: str) -> None:
+    decision = select_backend(BLACKWELL._replace(**change), "auto", READY)
+    assert decision.backend is None
+    assert decision.refusal is not None
+    assert decision.refusal.condition == condition
 
 
 def test_the_ranges_as_text() -> None:

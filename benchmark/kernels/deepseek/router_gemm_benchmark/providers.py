@@ -330,7 +330,7 @@ def _backend(name: str, num_experts: int, hidden_size: int, device: torch.device
                 prepare_router_gemm(
                     torch.empty(num_experts, hidden_size, dtype=BF16, device=device)
                 )
-            reason = kernels.unavailable(name, device)
+            reason = kernels.unavailable(name, device, num_experts, hidden_size)
         if reason is not None:
             raise Skip(reason)
 

@@ -13,6 +13,7 @@ from sglang.srt.utils.router_gemm import kernels
 from sglang.srt.utils.router_gemm.call import RouterGemmCall, describe_call, device_sm
 from sglang.srt.utils.router_gemm.environ import pdl_enabled, requested_backend
 from sglang.srt.utils.router_gemm.ops import (
+    cluster_router_gemm,
     flashinfer_dsv3_router_gemm,
     sgl_kernel_dsv3_router_gemm,
 )
@@ -70,7 +71,7 @@ class DeepseekV2Gate(nn.Module):
         if logits is not None:
             return logits
         call = describe_call(hidden_states, self.weight, forward_batch)
-        unavailable = kernels.unavailable("sgl_kernel", hidden_states.device)
+        unavailable = kernels.unavailable("sgl_kernel", hidden_states.device, *self.weight.shape)
         if refuse("sgl_kernel", call, unavailable) is None:
             return sgl_kernel_dsv3_router_gemm(hidden_states, self.weight)
         return kernels.matmul_fp32(hidden_states, self.weight)
@@ -90,10 +91,15 @@ def fast_router_logits(
     """
     requested = requested_backend()
     call = describe_call(hidden_states, weight, forward_batch)
-    unavailable = {name: kernels.unavailable(name, hidden_states.device) for name in RULES}
+    unavailable = {
+        name: kernels.unavailable(name, hidden_states.device, call.num_experts, call.hidden_size)
+        for name in RULES
+    }
     backend, refusal = select_backend(call, requested, unavailable)
     if refusal is not None and requested in RULES and not torch.compiler.is_compiling():
         _warn_once(requested, refusal)
+    if backend == "cluster":
+        return cluster_router_gemm(hidden_states, weight)
     if backend == "flashinfer":
         shape = (hidden_states.shape[0], weight.shape[0])
         logits = hidden_states.new_empty(shape, dtype=torch.float32)
@@ -138,8 +144,8 @@ def _prepare_once(
     installed = {name: kernels.missing(name, sm) for name in RULES}
     backend, refusal = select_backend(call, requested, installed)
     if backend is not None:
-        kernels.load(backend, device)
-    loaded = {name: kernels.unavailable(name, device) for name in RULES}
+        kernels.load(backend, device, num_experts, hidden_size)
+    loaded = {name: kernels.unavailable(name, device, num_experts, hidden_size) for name in RULES}
     refusal = refusal or select_backend(call, requested, loaded).refusal
     if refusal is not None and refusal.condition == "unavailable":
         _warn_once(requested, refusal)

@@ -8,12 +8,11 @@ import logging
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sglang.srt.utils.router_gemm.call import device_sm
-from sglang.srt.utils.router_gemm.policy import RULES
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +22,19 @@ FLASHINFER_KERNEL = "mm_M1_16_K7168_N256"
 # believed. fp32 accumulation over K = 7168 gives about 1e-7 (test/srt/results/).
 _MAX_RELATIVE_ERROR = 1e-6
 
-# Why FlashInfer's kernel cannot be called, by CUDA device index; None once it can.
-_flashinfer_loaded: dict[int, str | None] = {}
+
+class _Target(NamedTuple):
+    """What a kernel is loaded for: a device, and the weight's N and K."""
+
+    backend: str
+    device_index: int | None
+    num_experts: int
+    hidden_size: int
+
+
+# Why a kernel cannot be called; None once it can.
+_loaded: dict[_Target, str | None] = {}
+_LOADABLE = ("cluster", "flashinfer")
 
 
 def matmul_fp32(
@@ -70,7 +80,11 @@ def missing(backend: str, sm: int | None) -> str | None:
     This asks the packages only. Whether the kernel is also built and loaded on a
     device, `unavailable` says.
     """
-    if backend == "flashinfer":
+    if backend == "cluster":
+        found, reason = _import("tvm_ffi", "load_module", "apache-tvm-ffi")
+        if found is None:
+            return reason
+    elif backend == "flashinfer":
         kernel, reason = _flashinfer()
         if kernel is None:
             return reason
@@ -85,54 +99,72 @@ def missing(backend: str, sm: int | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def unavailable(backend: str, device: torch.device) -> str | None:
-    """Why the kernel of `backend` cannot be called on `device` now; None if it can."""
+def unavailable(
+    backend: str, device: torch.device, num_experts: int, hidden_size: int
+) -> str | None:
+    """Why the kernel of `backend` cannot be called there now; None if it can.
+
+    Args:
+        device: where the tensors are.
+        num_experts: N of the weight.
+        hidden_size: K of the weight.
+    """
     if device.type != "cuda":
         return None if backend == "torch" else "no CUDA device"
-    if backend == "flashinfer":
-        return _flashinfer_loaded.get(device.index, "its kernel was not loaded with the model")
+    if backend in _LOADABLE:
+        target = _Target(backend, device.index, num_experts, hidden_size)
+        return _loaded.get(target, "its kernel was not loaded with the model")
     return missing(backend, device_sm(device.type, device.index))
 
 
-def load(backend: str, device: torch.device) -> None:
+def load(backend: str, device: torch.device, num_experts: int, hidden_size: int) -> None:
     """Builds (where it must be) and loads the kernel of `backend` on a CUDA device.
 
-    FlashInfer compiles its kernel with nvcc on first use. This is where that happens:
-    while the model loads, never on a request, never in a CUDA-graph capture. Several
-    processes may call it at once: FlashInfer builds behind a file lock, so that one
-    compiles and the others wait. It never raises; after a failure `unavailable` says
-    why, and nothing tries again in this process.
+    FlashInfer's kernel and `cluster` are compiled with nvcc on first use. This is where
+    that happens: while the model loads, never on a request, never in a CUDA-graph
+    capture. Several processes may call it at once: each builds behind a file lock, so
+    that one compiles and the others wait. It never raises; after a failure `unavailable`
+    says why, and nothing tries again in this process.
+
+    Args:
+        backend: a row of the policy's table.
+        device: the CUDA device.
+        num_experts: N of the weight.
+        hidden_size: K of the weight.
     """
-    if backend != "flashinfer" or device.index in _flashinfer_loaded:
+    target = _Target(backend, device.index, num_experts, hidden_size)
+    if backend not in _LOADABLE or target in _loaded:
         return
-    logger.info(
-        "Router GEMM: loading FlashInfer's %s; the first start builds it with nvcc, "
-        "which takes about a minute.",
-        FLASHINFER_KERNEL,
-    )
+    name = FLASHINFER_KERNEL if backend == "flashinfer" else f"cluster_router_gemm for {target[2:]}"
+    logger.info("Router GEMM: loading %s; the first start builds it with nvcc.", name)
     started = time.perf_counter()
     try:
-        _check_on_every_m(device)
+        _check_on_every_instantiation(target, device)
     except Exception as error:  # whatever nvcc, ninja, the driver or FlashInfer raise
-        logger.info("Router GEMM: FlashInfer's kernel did not load.", exc_info=True)
-        _flashinfer_loaded[device.index] = (
-            f"FlashInfer's kernel did not load ({_first_line(error)}); FlashInfer builds it with "
-            "nvcc and ninja: install the CUDA toolkit and set CUDA_HOME, or install FlashInfer's "
-            "prebuilt kernels (flashinfer-jit-cache)"
-        )
+        logger.info("Router GEMM: %s did not load.", name, exc_info=True)
+        _loaded[target] = f"{name} did not load ({_first_line(error)}){_HINT[backend]}"
     else:
-        _flashinfer_loaded[device.index] = None
-        seconds = time.perf_counter() - started
-        logger.info(
-            "Router GEMM: FlashInfer's %s is ready after %.1f s.", FLASHINFER_KERNEL, seconds
-        )
+        _loaded[target] = None
+        logger.info("Router GEMM: %s is ready after %.1f s.", name, time.perf_counter() - started)
 
 
-def _check_on_every_m(device: torch.device) -> None:
-    """Runs the kernel once for each M: CUDA loads each instantiation at its first launch."""
-    rule = RULES["flashinfer"]
-    (num_experts,), (hidden_size,) = rule.num_experts or (), rule.hidden_sizes or ()
-    every_m = rule.num_tokens or range(0)
+_HINT = {
+    "cluster": "; it is built with nvcc: install the CUDA toolkit and set CUDA_HOME",
+    "flashinfer": (
+        "; FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set CUDA_HOME, "
+        "or install FlashInfer's prebuilt kernels (flashinfer-jit-cache)"
+    ),
+}
+
+# M for which a kernel is another function, or loops: CUDA loads a function at its first launch.
+_INSTANTIATIONS = {"cluster": (1, 8, 9, 16, 17, 64, 128), "flashinfer": range(1, 17)}
+
+
+def _check_on_every_instantiation(target: _Target, device: torch.device) -> None:
+    """Runs the kernel once for each M that matters, and compares with fp64."""
+    backend, _, num_experts, hidden_size = target
+    run = _RUN[backend]
+    every_m = _INSTANTIATIONS[backend]
     # A generator of its own: the global one seeds dummy weights and sampling.
     generator = torch.Generator(device).manual_seed(0)
     random = functools.partial(
@@ -147,14 +179,26 @@ def _check_on_every_m(device: torch.device) -> None:
             logits = torch.full(
                 (num_tokens, num_experts), torch.nan, dtype=torch.float32, device=device
             )
-            run_flashinfer(logits, hidden_states[:num_tokens], weight, pdl=False)
+            run(logits, hidden_states[:num_tokens], weight, False)
             wrong = torch.dist(logits.double(), expected[:num_tokens])
             error = float(wrong / expected[:num_tokens].norm())
             if not error <= _MAX_RELATIVE_ERROR:
                 raise RuntimeError(
-                    f"{FLASHINFER_KERNEL} is off by {error:.1e} at M = {num_tokens}, "
+                    f"{backend} is off by {error:.1e} at M = {num_tokens}, "
                     f"must be within {_MAX_RELATIVE_ERROR:.0e} of fp64"
                 )
+
+
+def run_cluster(
+    logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
+) -> None:
+    """Writes `logits`, fp32 `[M, N]`, with this project's kernel (`cluster_router_gemm`)."""
+    from sglang.srt.utils.router_gemm import cluster_router_gemm
+
+    sm = device_sm("cuda", weight.device.index)
+    assert sm is not None
+    module = cluster_router_gemm.load(weight.shape[0], weight.shape[1], sm)
+    cluster_router_gemm.run(module, hidden_states, weight, logits, pdl)
 
 
 def run_flashinfer(
@@ -164,6 +208,9 @@ def run_flashinfer(
     kernel, _ = _flashinfer()
     assert kernel is not None
     kernel(hidden_states, weight.t(), logits, launch_with_pdl=pdl)
+
+
+_RUN = {"cluster": run_cluster, "flashinfer": run_flashinfer}
 
 
 def run_sgl_kernel(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

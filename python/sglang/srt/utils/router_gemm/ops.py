@@ -51,7 +51,29 @@ def _register(
 
 def _serves(backend: str, hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     call = describe_call(hidden_states, weight)
-    return refuse(backend, call, kernels.unavailable(backend, hidden_states.device)) is None
+    unavailable = kernels.unavailable(
+        backend, hidden_states.device, call.num_experts, call.hidden_size
+    )
+    return refuse(backend, call, unavailable) is None
+
+
+def _check_operands(hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
+    for name, tensor in (("hidden_states", hidden_states), ("weight", weight)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, must be a matrix")
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(
+                f"{name} is {tensor.dtype}, must be torch.bfloat16 (or another float of 16 or "
+                "32 bits, for an fp32-output matmul)"
+            )
+    if weight.dtype != hidden_states.dtype:
+        raise ValueError(f"weight is {weight.dtype}, must be {hidden_states.dtype}")
+    if weight.shape[1] != hidden_states.shape[1]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, must be [N, {hidden_states.shape[1]}]"
+        )
+    if weight.device != hidden_states.device:
+        raise ValueError(f"weight is on {weight.device}, must be on {hidden_states.device}")
 
 
 def _check_logits(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
@@ -64,6 +86,31 @@ def _check_logits(logits: torch.Tensor, hidden_states: torch.Tensor, weight: tor
         raise ValueError(f"logits has strides {logits.stride()}, must be contiguous")
     if logits.device != hidden_states.device:
         raise ValueError(f"logits is on {logits.device}, must be on {hidden_states.device}")
+
+
+def _empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def _cluster_router_gemm(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`hidden_states @ weight.T` in fp32, with this project's kernel where it serves.
+
+    Args:
+        hidden_states: bf16 `[M, K]`, any M.
+        weight: bf16 `[N, K]`, on the same device.
+
+    Returns:
+        The logits, fp32 `[M, N]`. Up to M = 128 a row's bits do not depend on M.
+
+    Raises:
+        ValueError: an argument is not that; it is named.
+    """
+    _check_operands(hidden_states, weight)
+    if not _serves("cluster", hidden_states, weight):
+        return kernels.matmul_fp32(hidden_states, weight)
+    logits = _empty_logits(hidden_states, weight)
+    kernels.run_cluster(logits, hidden_states, weight, pdl=pdl_enabled())
+    return logits
 
 
 def _flashinfer_dsv3_router_gemm(
@@ -101,6 +148,13 @@ def _sgl_kernel_dsv3_router_gemm(hidden_states: torch.Tensor, weight: torch.Tens
     return kernels.matmul_fp32(hidden_states, weight)
 
 
+cluster_router_gemm = _register(
+    "cluster_router_gemm",
+    _cluster_router_gemm,
+    mutates_args=[],
+    fake_impl=_empty_logits,
+)
+
 flashinfer_dsv3_router_gemm = _register(
     "flashinfer_dsv3_router_gemm",
     _flashinfer_dsv3_router_gemm,
@@ -112,7 +166,5 @@ sgl_kernel_dsv3_router_gemm = _register(
     "sgl_kernel_dsv3_router_gemm",
     _sgl_kernel_dsv3_router_gemm,
     mutates_args=[],
-    fake_impl=lambda hidden_states, weight: hidden_states.new_empty(
-        (hidden_states.shape[0], weight.shape[0]), dtype=torch.float32
-    ),
+    fake_impl=_empty_logits,
 )

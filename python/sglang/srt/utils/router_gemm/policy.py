@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from sglang.srt.utils.router_gemm.call import ALIGNMENT_BYTES, RouterGemmCall
 
-BACKENDS = ("auto", "flashinfer", "sgl_kernel", "torch", "off")
+BACKENDS = ("auto", "cluster", "flashinfer", "sgl_kernel", "torch", "off")
 
 
 class Rule(NamedTuple):
@@ -17,8 +17,8 @@ class Rule(NamedTuple):
 
     device_types: tuple[str, ...]
     min_sm: int | None
-    num_experts: tuple[int, ...] | None
-    hidden_sizes: tuple[int, ...] | None
+    num_experts: tuple[int, ...] | range | None
+    hidden_sizes: tuple[int, ...] | range | None
     num_tokens: range | None
     dtypes: tuple[torch.dtype, ...]
     any_layout: bool
@@ -28,19 +28,40 @@ class Rule(NamedTuple):
 _BF16 = (torch.bfloat16,)
 _HALF = (torch.bfloat16, torch.float16)
 
+# A range in steps stands for the multiples of its step.
+_N, _K = range(16, 1025, 16), range(512, 8193, 512)
+
 # fmt: off
-#                      device           SM >=  N           K        M             dtypes  any layout
+#                      device           SM >=  N           K        M              dtypes  any
+#                                                                                          layout
 RULES: Mapping[str, Rule] = {
-    "flashinfer": Rule(("cuda",),       90,    (256,),     (7168,), range(1, 17), _BF16,  False),
-    "sgl_kernel": Rule(("cuda",),       90,    (256, 384), (7168,), range(1, 17), _BF16,  False),
-    "torch":      Rule(("cuda", "cpu"), None,  None,       None,    None,         _HALF,  True),
+    "cluster":    Rule(("cuda",),       90,    _N,         _K,      range(0, 129), _BF16,  False),
+    "flashinfer": Rule(("cuda",),       90,    (256,),     (7168,), range(1, 17),  _BF16,  False),
+    "sgl_kernel": Rule(("cuda",),       90,    (256, 384), (7168,), range(1, 17),  _BF16,  False),
+    "torch":      Rule(("cuda", "cpu"), None,  None,       None,    None,          _HALF,  True),
 }
 
-# Where `auto` leaves SGLang's own forward: the SMs on which a backend is the faster one.
-AUTO_SMS: Mapping[str, frozenset[int]] = {
-    "flashinfer": frozenset({100, 103}),    # SGLang PRs 17707 (SM 100) and 23285 (SM 103)
-}
+
+class Auto(NamedTuple):
+    """Where `auto` takes a backend: where it was seen to be the faster one."""
+
+    backend: str
+    sms: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
+    """N and K."""
+    num_tokens: range
+
+
+# On every other GPU `auto` leaves SGLang's own forward alone. That includes SM 90: `cluster` is
+# the faster one on an H100 from M = 2 on, and not yet measured on an H200 (docs/kernel.md).
+AUTO: tuple[Auto, ...] = (
+    # SGLang PRs 17707 (SM 100) and 23285 (SM 103).
+    Auto("flashinfer", (100, 103), ((256, 7168),), range(1, 17)),
+)
 # fmt: on
+
+# Where a kernel of this project was timed; elsewhere it can be forced, and doctor says so.
+MEASURED_SMS: Mapping[str, tuple[int, ...]] = {"cluster": (90,)}
 
 
 class Refusal(NamedTuple):
@@ -80,10 +101,12 @@ def refuse(backend: str, call: RouterGemmCall, unavailable: str | None) -> Refus
         return Refusal("sm", f"SM is {call.sm}, must be {rule.min_sm} or newer")
     if not call.matching_shapes:
         return Refusal("shapes", "hidden_states and weight must be [M, K] and [N, K]")
-    if rule.num_experts is not None and call.num_experts not in rule.num_experts:
-        return Refusal("num_experts", f"N is {call.num_experts}, must be {_or(rule.num_experts)}")
-    if rule.hidden_sizes is not None and call.hidden_size not in rule.hidden_sizes:
-        return Refusal("hidden_size", f"K is {call.hidden_size}, must be {_or(rule.hidden_sizes)}")
+    if not _allows(rule.num_experts, call.num_experts):
+        must = _or(rule.num_experts)
+        return Refusal("num_experts", f"N is {call.num_experts}, must be {must}")
+    if not _allows(rule.hidden_sizes, call.hidden_size):
+        must = _or(rule.hidden_sizes)
+        return Refusal("hidden_size", f"K is {call.hidden_size}, must be {must}")
     for name, dtype in (
         ("hidden_states", call.hidden_states_dtype),
         ("weight", call.weight_dtype),
@@ -94,10 +117,9 @@ def refuse(backend: str, call: RouterGemmCall, unavailable: str | None) -> Refus
         return Refusal("dtype", "hidden_states and weight differ in dtype")
     if unavailable is not None:
         return Refusal("unavailable", unavailable)
-    if rule.num_tokens is not None and call.num_tokens is not None:
-        first, last = rule.num_tokens[0], rule.num_tokens[-1]
-        if not first <= call.num_tokens <= last:
-            return Refusal("num_tokens", f"M is {call.num_tokens}, must be {first} to {last}")
+    if not _allows(rule.num_tokens, call.num_tokens):
+        must = _or(rule.num_tokens)
+        return Refusal("num_tokens", f"M is {call.num_tokens}, must be {must}")
     if not rule.any_layout and not call.row_major:
         return Refusal("row_major", "hidden_states and weight must be dense and row-major")
     if not rule.any_layout and call.aligned is False:
@@ -120,15 +142,35 @@ def select_backend(
     if requested != "auto":
         refusal = refuse(requested, call, unavailable[requested])
         return Decision(requested if refusal is None else None, refusal)
+    return _select_auto(call, unavailable)
+
+
+def _select_auto(call: RouterGemmCall, unavailable: Mapping[str, str | None]) -> Decision:
+    here = [auto for auto in AUTO if call.device_type != "cuda" or call.sm in auto.sms]
+    if not here:
+        takes = ", ".join(f"{auto.backend} on SM {_or(auto.sms)}" for auto in AUTO)
+        return Decision(None, Refusal("auto_sm", f"auto takes {takes} only"))
     refusal = None
-    for backend, sms in AUTO_SMS.items():
-        if call.device_type == "cuda" and call.sm not in sms:
-            refusal = Refusal("auto_sm", f"auto takes {backend} on SM {_or(sorted(sms))} only")
-            continue
-        refusal = refuse(backend, call, unavailable[backend])
+    for auto in here:
+        refusal = refuse(auto.backend, call, unavailable[auto.backend])
         if refusal is None:
-            return Decision(backend)
+            refusal = _not_measured(auto, call)
+        if refusal is None:
+            return Decision(auto.backend)
     return Decision(None, refusal)
+
+
+def _not_measured(auto: Auto, call: RouterGemmCall) -> Refusal | None:
+    shape = (call.num_experts, call.hidden_size)
+    if shape not in auto.shapes:
+        found = f"N, K is {shape[0]}, {shape[1]}"
+        shapes = _or([f"{n}, {k}" for n, k in auto.shapes])
+        return Refusal("auto_shape", f"{found}, auto takes {auto.backend} for {shapes}")
+    if not _allows(auto.num_tokens, call.num_tokens):
+        must = _or(auto.num_tokens)
+        found = f"M is {call.num_tokens}"
+        return Refusal("auto_num_tokens", f"{found}, auto takes {auto.backend} for {must}")
+    return None
 
 
 class Served(NamedTuple):
@@ -143,7 +185,9 @@ def decisions_by_num_tokens(
 ) -> list[Served]:
     """The decision for every M ≥ 1; `call.num_tokens` is not read."""
     limits = [rule.num_tokens for rule in RULES.values() if rule.num_tokens is not None]
-    starts = sorted({1, *(limit.start for limit in limits), *(limit.stop for limit in limits)})
+    limits += [auto.num_tokens for auto in AUTO]
+    edges = {1} | {limit.start for limit in limits} | {limit.stop for limit in limits}
+    starts = sorted(edge for edge in edges if edge >= 1)
     ranges: list[tuple[int, Decision]] = []
     for start in starts:
         decision = select_backend(call._replace(num_tokens=start), requested, unavailable)
@@ -156,5 +200,18 @@ def decisions_by_num_tokens(
     ]
 
 
-def _or(values: tuple[object, ...] | list[int]) -> str:
-    return " or ".join(str(value) for value in values)
+def _allows(allowed: tuple[int, ...] | range | None, value: int | None) -> bool:
+    if allowed is None or value is None:
+        return True
+    if isinstance(allowed, range):  # in plain arithmetic, which torch.compile traces
+        first, last = allowed[0], allowed[-1]
+        return first <= value <= last and (value - first) % allowed.step == 0
+    return value in allowed
+
+
+def _or(values: Iterable[object] | None) -> str:
+    if isinstance(values, range):
+        if values.step == 1:
+            return f"{values[0]} to {values[-1]}"
+        return f"a multiple of {values.step} up to {values[-1]}"
+    return " or ".join(str(value) for value in values or ())
