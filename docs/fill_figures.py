@@ -1,4 +1,4 @@
-"""Writes the figures of README.md and docs/upstream_pr.md, from the committed results.
+"""Writes the figures of README.md, upstream_pr.md and kernel.md, from the committed results.
 
 python3 fill_figures.py            rewrites the blocks between the markers
 python3 fill_figures.py --check    exits with 1 where a block is not up to date
@@ -33,7 +33,12 @@ BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 BLACKWELL = re.compile(r"\bG?B\d00\b")
 NAMED = ("torch", "sglang", "flashinfer-python")
 DEEPSEEK_V3 = (256, 7168)
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "upstream_pr.md")
+RESULTS = "benchmark/kernels/deepseek/results"
+TEXTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "upstream_pr.md",
+    ROOT / "docs" / "kernel.md",
+)
 
 
 def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
@@ -74,9 +79,13 @@ def speed(benchmarks: Sequence[Results]) -> str:
     return "\n\n".join(map(_speed_of, benchmarks))
 
 
-def speed_with_plots(benchmarks: Sequence[Results]) -> str:
-    """The headline table and plot of each GPU, for DeepSeek-V3's shape alone."""
-    folder = (BENCHMARK / "results").relative_to(ROOT).as_posix()
+def speed_with_plots(benchmarks: Sequence[Results], folder: str) -> str:
+    """The headline table and plot of each GPU, for DeepSeek-V3's shape alone.
+
+    Args:
+        benchmarks: results of the benchmark.
+        folder: where their plots are, as the text that is filled links to it.
+    """
     parts = []
     for run in benchmarks:
         if (run["num_experts"], run["hidden_size"]) == DEEPSEEK_V3:
@@ -133,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = [run for run in _load(arguments.benchmarks) if run.get("timings")]
     blocks = {
         "accuracy": accuracy(servers, benchmarks),
-        "benchmark": speed_with_plots(benchmarks),
+        "benchmark": speed_with_plots(benchmarks, RESULTS),
+        "cluster": speed_with_plots(
+            _load(arguments.benchmarks / "cluster"), f"../{RESULTS}/cluster"
+        ),
         "not_measured": not_measured(servers, benchmarks),
         "speed": speed(benchmarks),
     }

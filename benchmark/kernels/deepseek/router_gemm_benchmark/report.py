@@ -314,8 +314,11 @@ def _plot(
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     num_tokens = results["num_tokens"]
+    if num_tokens[-1] > 32:
+        axes.set_xscale("log", base=2)
+        num_tokens = [each for each in num_tokens if each.bit_count() == 1]  # powers of two
     if len(num_tokens) <= 20:
-        axes.set_xticks(num_tokens)
+        axes.set_xticks(num_tokens, labels=[str(each) for each in num_tokens])
     axes.grid(alpha=0.3)
     shape = f"N = {results['num_experts']}, K = {results['hidden_size']}"
     better = "lower" if unit == "µs" else "higher"
