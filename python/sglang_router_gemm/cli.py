@@ -33,9 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prebuild = commands.add_parser(
         "prebuild",
-        help="build FlashInfer's kernels now, without a GPU, so that the server does not",
-        description="Builds every kernel that FlashInfer would otherwise compile when the server "
+        help="build a backend's kernels now, without a GPU, so that the server does not",
+        description="Builds every kernel that would otherwise be compiled when the server "
         "starts. Needs nvcc and no GPU. Exits with 1 where a build fails.",
+    )
+    prebuild.add_argument(
+        "--backend",
+        choices=("flashinfer", "cluster"),
+        default="flashinfer",
+        help="whose kernels; cluster's for the models that doctor lists (default: %(default)s)",
     )
     prebuild.add_argument(
         "--arch",
@@ -47,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to start the server with as FLASHINFER_WORKSPACE_BASE (default: FlashInfer's)",
+        help="folder to start the server with as FLASHINFER_WORKSPACE_BASE, for cluster as "
+        "TVM_FFI_CACHE_DIR (default: theirs)",
     )
     export = commands.add_parser(
         "export",
@@ -69,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "prebuild":
         from sglang_router_gemm import prebuild
 
-        return prebuild.run(arguments.arch, arguments.out)
+        return prebuild.run(arguments.backend, arguments.arch, arguments.out)
     if arguments.command == "export":
         try:
             from sglang_router_gemm import export

@@ -19,7 +19,12 @@ from sglang.srt.utils.router_gemm.environ import (
     pdl_enabled,
     requested_backend,
 )
-from sglang.srt.utils.router_gemm.policy import RULES, decisions_by_num_tokens
+from sglang.srt.utils.router_gemm.policy import (
+    MEASURED_SMS,
+    RULES,
+    Decision,
+    decisions_by_num_tokens,
+)
 
 # `n_routed_experts` and `hidden_size` in the config.json of each model.
 MODELS = (
@@ -64,7 +69,7 @@ def examine() -> dict[str, Any]:
                     {
                         "num_tokens": served.tokens,
                         "path": served.decision.backend or "sglang",
-                        "reason": served.decision.refusal and served.decision.refusal.reason,
+                        "reason": _reason(served.decision, sm),
                     }
                     for served in decisions_by_num_tokens(
                         RouterGemmCall(device_type, sm, None, num_experts, hidden_size),
@@ -76,6 +81,14 @@ def examine() -> dict[str, Any]:
             for model, num_experts, hidden_size in MODELS
         ],
     }
+
+
+def _reason(decision: Decision, sm: int | None) -> str | None:
+    if decision.refusal is not None:
+        return decision.refusal.reason
+    if sm not in MEASURED_SMS.get(decision.backend or "", (sm,)):
+        return f"{decision.backend} was not measured on SM {sm}"
+    return None
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -109,7 +122,7 @@ def _as_text(findings: dict[str, Any]) -> str:
         for model in findings["models"]
         for path in model["paths"]
     ]
-    headers = ("model", "N x K", "M", "path", "why not the fast one")
+    headers = ("model", "N x K", "M", "path", "why not the fast one, or a remark")
     # disable_numparse: "1-16" and "0.5.23" are text.
     return "\n\n".join(
         (

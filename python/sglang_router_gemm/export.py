@@ -43,7 +43,8 @@ if logits is not None:
 _TESTS = "test/srt"
 _TESTS_THERE = "test/srt/router_gemm"
 _TEST_FILES = ("conftest", *(f"test_router_gemm_{name}" for name in ("environ", "gate", "gpu")))
-_TEST_FILES += ("test_router_gemm_ops", "test_router_gemm_policy")
+_TEST_FILES += ("test_router_gemm_ops", "test_router_gemm_policy", "test_router_gemm_jit")
+_TEST_FILES += ("test_router_gemm_cluster_gpu",)
 _BENCHMARK = "benchmark/kernels/deepseek"
 
 # What tests and benchmark share lies in this package here, and in `sglang.test` there.
@@ -240,15 +241,21 @@ def _new_files(package: str) -> dict[str, str]:
         )
     files = {
         f"{package}/{file.relative_to(root / 'python/sglang').as_posix()}": file
-        for file in sorted((root / "python/sglang").rglob("*.py"))
+        for file in _sources(root / "python/sglang")
     }
     for name in _SHARED:
         files[f"{package}/test/router_gemm_{name}.py"] = ours / f"{name}.py"
     for name in _TEST_FILES:
         files[f"{_TESTS_THERE}/{name}.py"] = root / _TESTS / f"{name}.py"
-    for file in sorted((root / _BENCHMARK).rglob("*.py")):
+    for file in _sources(root / _TESTS / "csrc"):
+        files[f"{_TESTS_THERE}/csrc/{file.name}"] = file
+    for file in _sources(root / _BENCHMARK):
         files[file.relative_to(root).as_posix()] = file
     return {path: _for_sglang(file.read_text(encoding="utf-8")) for path, file in files.items()}
+
+
+def _sources(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix in (".py", ".cu", ".cuh"))
 
 
 def _for_sglang(text: str) -> str:

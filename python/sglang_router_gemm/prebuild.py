@@ -1,10 +1,12 @@
-"""`sglang-router-gemm prebuild`: builds FlashInfer's kernels ahead of the server, without a GPU.
+"""`sglang-router-gemm prebuild`: builds kernels ahead of the server, without a GPU.
 
 FlashInfer compiles into `$FLASHINFER_WORKSPACE_BASE/.cache/flashinfer/<version>/<GPUs>/`
 and lets ninja decide, at every start, whether what lies there is current. The server
 compiles nothing if it looks into the same folder and writes the same `build.ninja`.
 `<GPUs>` and the compiler's flags are those of the GPUs that FlashInfer sees, or of
 `FLASHINFER_CUDA_ARCH_LIST`. A server sees one kind, so each kind is built by itself.
+
+The cluster kernel lies in TVM FFI's cache, a module for each N, K and GPU.
 """
 
 from __future__ import annotations
@@ -30,25 +32,55 @@ class PrebuildError(Exception):
     """Why nothing can be built, in one line."""
 
 
-def run(archs: Sequence[str] | None, out: Path | None) -> int:
+def run(backend: str, archs: Sequence[str] | None, out: Path | None) -> int:
     """Builds for each of `archs` and shows progress; 1 after a failure, else 0.
 
     Args:
+        backend: `flashinfer` or `cluster`.
         archs: compute capabilities, as in `9.0a`; by default those of this machine.
-        out: becomes `FLASHINFER_WORKSPACE_BASE`; by default FlashInfer's own choice.
+        out: becomes `FLASHINFER_WORKSPACE_BASE`, for `cluster` `TVM_FFI_CACHE_DIR`; by
+            default their own choice.
     """
+    variable, build = _BUILDERS[backend]
     environment = dict(os.environ)
     if out is not None:
-        environment[WORKSPACE_BASE] = str(out.absolute())
+        environment[variable] = str(out.absolute())
     try:
-        for arch_list in _arch_lists(archs):
-            _build(environment | {ARCH_LIST: arch_list})
+        build(archs, environment)
     except PrebuildError as error:
         print(f"sglang-router-gemm prebuild: {error}", file=sys.stderr)
         return 1
     if out is not None:
-        print(f"Start the server with {WORKSPACE_BASE}={environment[WORKSPACE_BASE]}")
+        print(f"Start the server with {variable}={environment[variable]}")
     return 0
+
+
+def _build_flashinfer(archs: Sequence[str] | None, environment: dict[str, str]) -> None:
+    for arch_list in _arch_lists(archs):
+        _build(environment | {ARCH_LIST: arch_list})
+
+
+def _build_cluster(archs: Sequence[str] | None, environment: dict[str, str]) -> None:
+    from sglang.srt.utils.router_gemm import cluster_router_gemm, jit
+    from sglang_router_gemm.doctor import MODELS
+
+    os.environ |= environment
+    for major, minor in [_capability(arch) for arch in archs] if archs else _gpus():
+        for _, num_experts, hidden_size in MODELS:
+            spec = cluster_router_gemm.spec(num_experts, hidden_size, 10 * major + minor)
+            started = time.perf_counter()
+            try:
+                jit.build(spec)
+            except jit.BuildError as error:
+                raise PrebuildError(f"{spec.name}: {error}") from error
+            seconds = time.perf_counter() - started
+            print(f"{spec.name}: ready after {seconds:.0f} s", flush=True)
+
+
+_BUILDERS = {
+    "flashinfer": (WORKSPACE_BASE, _build_flashinfer),
+    "cluster": ("TVM_FFI_CACHE_DIR", _build_cluster),
+}
 
 
 def build_listed() -> None:

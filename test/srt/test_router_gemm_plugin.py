@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang.srt.utils.router_gemm.policy import Decision
+from sglang_router_gemm import doctor
 from sglang_router_gemm.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +52,7 @@ def test_an_unknown_backend_is_an_error_at_load_and_sglang_goes_on(
     output = run_python(LOAD, SGLANG_ROUTER_GEMM_BACKEND="cutlass")
     assert "HOOKED False False" in output
     assert "ERROR Failed to execute general plugin: dsv3_router_gemm" in output
-    assert "must be one of auto, flashinfer, sgl_kernel, torch, off" in output
+    assert "must be one of auto, cluster, flashinfer, sgl_kernel, torch, off" in output
 
 
 # The console script ----------------------------------------------------------------------
@@ -80,6 +82,11 @@ def test_doctor_json(capsys: pytest.CaptureFixture[str]) -> None:
     for model in findings["models"]:
         for path in model["paths"]:
             assert (path["path"] == "sglang") == bool(path["reason"])
+
+
+@pytest.mark.parametrize(("sm", "said"), [(90, None), (120, "cluster was not measured on SM 120")])
+def test_doctor_marks_what_was_not_measured(sm: int, said: str | None) -> None:
+    assert doctor._reason(Decision("cluster"), sm) == said
 
 
 def test_doctor_table_shows_the_settings_and_the_reason(

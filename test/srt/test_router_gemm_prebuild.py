@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from sglang.srt.utils.router_gemm import cluster_router_gemm, jit
+from sglang_router_gemm.cli import main
+from sglang_router_gemm.doctor import MODELS
+
 COMPILER = """#!/bin/sh
 case " $* " in *" -c "*) ;; *) exit 0 ;; esac
 echo "$*" >> "{calls}"
@@ -170,8 +174,8 @@ import logging, torch
 logging.basicConfig(level=logging.INFO)
 from sglang.srt.utils.router_gemm import kernels
 device = torch.device("cuda", 0)
-kernels.load("flashinfer", device)
-assert kernels.unavailable("flashinfer", device) is None
+kernels.load("flashinfer", device, 256, 7168)
+assert kernels.unavailable("flashinfer", device, 256, 7168) is None
 """
 
 
@@ -193,3 +197,23 @@ def test_a_prebuilt_kernel_is_loaded_as_it_lies(
     assert "Building JIT module" not in said
     assert [*tmp_path.rglob("*_router_gemm.so")] == [library]
     assert library.stat().st_mtime_ns == built
+
+
+def test_cluster_needs_no_compiler_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, no_cuda = tmp_path / "out", tmp_path / "no_cuda"
+    monkeypatch.setenv("TVM_FFI_CACHE_DIR", "another")
+    built = ["prebuild", "--backend", "cluster", "--arch", "9.0a", "--out", str(out)]
+    assert main(built) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"Start the server with TVM_FFI_CACHE_DIR={out}\n")
+    assert said.count("ready after") == len(MODELS)
+    monkeypatch.setenv("TVM_FFI_CACHE_DIR", str(out))
+    monkeypatch.setenv("CUDA_HOME", str(no_cuda))
+    jit.find_nvcc.cache_clear()
+    for _, num_experts, hidden_size in MODELS:
+        assert callable(jit.load(cluster_router_gemm.spec(num_experts, hidden_size, 90)).run)
+    assert main([*built[:-1], str(tmp_path / "again")]) == 1
+    assert "nvcc is missing" in capsys.readouterr().err
+    jit.find_nvcc.cache_clear()
