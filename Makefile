@@ -25,6 +25,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/bandit --quiet --severity-level medium --recursive python benchmark
 
 # The real SGLang is the dependency: about 4 minutes and 11 GB.
 $(READY): pyproject.toml
