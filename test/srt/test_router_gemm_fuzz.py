@@ -28,13 +28,20 @@ def _mostly(*values: object, other: st.SearchStrategy[object]) -> st.SearchStrat
     return st.one_of(st.sampled_from(values), st.sampled_from(values), other)
 
 
+def _around(last: int, step: int) -> st.SearchStrategy[int]:
+    """Anything up to twice `last`, with multiples of half a step and the edge in between."""
+    multiples = st.integers(0, 4 * last // step).map(lambda count: count * step // 2)
+    edge = st.sampled_from([0, step, last, last + step])
+    return st.one_of(edge, multiples, st.integers(0, 2 * last))
+
+
 CALLS = st.builds(
     RouterGemmCall,
     device_type=_mostly("cuda", other=st.sampled_from(["cpu", "xpu", "meta"])),
     sm=_mostly(90, 100, 103, other=st.one_of(st.none(), st.integers(0, 200))),
     num_tokens=_mostly(1, 8, 16, other=st.one_of(st.none(), st.integers(0, 100_000))),
-    num_experts=_mostly(256, 384, 160, other=st.integers(0, 5000)),
-    hidden_size=_mostly(7168, 6144, other=st.integers(0, 20_000)),
+    num_experts=_mostly(256, 384, 160, other=_around(1024, step=16)),
+    hidden_size=_mostly(7168, 6144, other=_around(8192, step=512)),
     hidden_states_dtype=_mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
     weight_dtype=_mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
     same_device=_mostly(True, other=st.booleans()),
