@@ -211,9 +211,7 @@ def test_a_kernel_that_does_not_load_is_unavailable_and_nothing_tries_again(
 ) -> None:
     use_nvcc(f"echo x >> {tmp_path / COUNT}; exit 1")
     monkeypatch.setattr(kernels, "_loaded", {})
-    monkeypatch.setattr(
-        kernels, "_check_on_every_instantiation", lambda target, device: jit.build(SPEC)
-    )
+    monkeypatch.setattr(kernels, "_check_compiled", lambda *arguments: jit.build(SPEC))
     device = torch.device("cuda", 0)
     for _ in range(3):
         kernels.load("cluster", device, 256, 7168)

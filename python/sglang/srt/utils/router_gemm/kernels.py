@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -32,9 +32,20 @@ class _Target(NamedTuple):
     hidden_size: int
 
 
-# Why a kernel cannot be called; None once it can.
+class _Compiled(NamedTuple):
+    """A kernel that nvcc compiles at the first start."""
+
+    name: str
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], None]
+    num_tokens: Sequence[int]
+    """Each M for which it is another function, or loops: CUDA loads a function when it is
+    first launched."""
+    hint: str
+    """What to do where it does not load."""
+
+
+# Why a compiled kernel cannot be called; None once it can.
 _loaded: dict[_Target, str | None] = {}
-_LOADABLE = ("cluster", "flashinfer")
 
 
 def matmul_fp32(
@@ -111,7 +122,7 @@ def unavailable(
     """
     if device.type != "cuda":
         return None if backend == "torch" else "no CUDA device"
-    if backend in _LOADABLE:
+    if backend in _COMPILED:
         target = _Target(backend, device.index, num_experts, hidden_size)
         return _loaded.get(target, "its kernel was not loaded with the model")
     return missing(backend, device_sm(device.type, device.index))
@@ -133,38 +144,26 @@ def load(backend: str, device: torch.device, num_experts: int, hidden_size: int)
         hidden_size: K of the weight.
     """
     target = _Target(backend, device.index, num_experts, hidden_size)
-    if backend not in _LOADABLE or target in _loaded:
+    if backend not in _COMPILED or target in _loaded:
         return
-    name = FLASHINFER_KERNEL if backend == "flashinfer" else f"cluster_router_gemm for {target[2:]}"
+    name = f"{_COMPILED[backend].name} [{num_experts}, {hidden_size}]"
     logger.info("Router GEMM: loading %s; the first start builds it with nvcc.", name)
     started = time.perf_counter()
     try:
-        _check_on_every_instantiation(target, device)
+        _check_compiled(_COMPILED[backend], device, num_experts, hidden_size)
     except Exception as error:  # whatever nvcc, ninja, the driver or FlashInfer raise
         logger.info("Router GEMM: %s did not load.", name, exc_info=True)
-        _loaded[target] = f"{name} did not load ({_first_line(error)}){_HINT[backend]}"
+        _loaded[target] = f"{name} did not load ({_first_line(error)}); {_COMPILED[backend].hint}"
     else:
         _loaded[target] = None
         logger.info("Router GEMM: %s is ready after %.1f s.", name, time.perf_counter() - started)
 
 
-_HINT = {
-    "cluster": "; it is built with nvcc: install the CUDA toolkit and set CUDA_HOME",
-    "flashinfer": (
-        "; FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set CUDA_HOME, "
-        "or install FlashInfer's prebuilt kernels (flashinfer-jit-cache)"
-    ),
-}
-
-# M for which a kernel is another function, or loops: CUDA loads a function at its first launch.
-_INSTANTIATIONS = {"cluster": (1, 8, 9, 16, 17, 64, 128), "flashinfer": range(1, 17)}
-
-
-def _check_on_every_instantiation(target: _Target, device: torch.device) -> None:
+def _check_compiled(
+    compiled: _Compiled, device: torch.device, num_experts: int, hidden_size: int
+) -> None:
     """Runs the kernel once for each M that matters, and compares with fp64."""
-    backend, _, num_experts, hidden_size = target
-    run = _RUN[backend]
-    every_m = _INSTANTIATIONS[backend]
+    every_m = compiled.num_tokens
     # A generator of its own: the global one seeds dummy weights and sampling.
     generator = torch.Generator(device).manual_seed(0)
     random = functools.partial(
@@ -179,12 +178,12 @@ def _check_on_every_instantiation(target: _Target, device: torch.device) -> None
             logits = torch.full(
                 (num_tokens, num_experts), torch.nan, dtype=torch.float32, device=device
             )
-            run(logits, hidden_states[:num_tokens], weight, False)
+            compiled.run(logits, hidden_states[:num_tokens], weight, False)
             wrong = torch.dist(logits.double(), expected[:num_tokens])
             error = float(wrong / expected[:num_tokens].norm())
             if not error <= _MAX_RELATIVE_ERROR:
                 raise RuntimeError(
-                    f"{backend} is off by {error:.1e} at M = {num_tokens}, "
+                    f"{compiled.name} is off by {error:.1e} at M = {num_tokens}, "
                     f"must be within {_MAX_RELATIVE_ERROR:.0e} of fp64"
                 )
 
@@ -210,15 +209,29 @@ def run_flashinfer(
     kernel(hidden_states, weight.t(), logits, launch_with_pdl=pdl)
 
 
-_RUN = {"cluster": run_cluster, "flashinfer": run_flashinfer}
-
-
 def run_sgl_kernel(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """fp32 logits `[M, N]` from sgl-kernel, which reads its own switch for PDL."""
     kernel, _ = _sgl_kernel()
     assert kernel is not None
     logits: torch.Tensor = kernel(hidden_states, weight, out_dtype=torch.float32)
     return logits
+
+
+_COMPILED = {
+    "cluster": _Compiled(
+        "cluster_router_gemm",
+        run_cluster,
+        (1, 8, 9, 16, 17, 64, 128),
+        "it is built with nvcc: install the CUDA toolkit and set CUDA_HOME",
+    ),
+    "flashinfer": _Compiled(
+        f"FlashInfer's {FLASHINFER_KERNEL}",
+        run_flashinfer,
+        range(1, 17),
+        "FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set CUDA_HOME, or "
+        "install FlashInfer's prebuilt kernels (flashinfer-jit-cache)",
+    ),
+}
 
 
 def _first_line(error: BaseException) -> str:
