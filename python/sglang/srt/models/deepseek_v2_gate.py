@@ -14,6 +14,7 @@ from sglang.srt.utils.router_gemm.call import RouterGemmCall, describe_call, dev
 from sglang.srt.utils.router_gemm.environ import pdl_enabled, requested_backend
 from sglang.srt.utils.router_gemm.ops import (
     cluster_router_gemm,
+    empty_logits,
     flashinfer_dsv3_router_gemm,
     sgl_kernel_dsv3_router_gemm,
 )
@@ -101,8 +102,7 @@ def fast_router_logits(
     if backend == "cluster":
         return cluster_router_gemm(hidden_states, weight)
     if backend == "flashinfer":
-        shape = (hidden_states.shape[0], weight.shape[0])
-        logits = hidden_states.new_empty(shape, dtype=torch.float32)
+        logits = empty_logits(hidden_states, weight)
         flashinfer_dsv3_router_gemm(logits, hidden_states, weight)
         return logits
     if backend == "sgl_kernel":

@@ -88,7 +88,8 @@ def _check_logits(logits: torch.Tensor, hidden_states: torch.Tensor, weight: tor
         raise ValueError(f"logits is on {logits.device}, must be on {hidden_states.device}")
 
 
-def _empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 `[M, N]`, not written, where `hidden_states` is."""
     return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=torch.float32)
 
 
@@ -108,7 +109,7 @@ def _cluster_router_gemm(hidden_states: torch.Tensor, weight: torch.Tensor) -> t
     _check_operands(hidden_states, weight)
     if not _serves("cluster", hidden_states, weight):
         return kernels.matmul_fp32(hidden_states, weight)
-    logits = _empty_logits(hidden_states, weight)
+    logits = empty_logits(hidden_states, weight)
     kernels.run_cluster(logits, hidden_states, weight, pdl=pdl_enabled())
     return logits
 
@@ -152,7 +153,7 @@ cluster_router_gemm = _register(
     "cluster_router_gemm",
     _cluster_router_gemm,
     mutates_args=[],
-    fake_impl=_empty_logits,
+    fake_impl=empty_logits,
 )
 
 flashinfer_dsv3_router_gemm = _register(
@@ -166,5 +167,5 @@ sgl_kernel_dsv3_router_gemm = _register(
     "sgl_kernel_dsv3_router_gemm",
     _sgl_kernel_dsv3_router_gemm,
     mutates_args=[],
-    fake_impl=_empty_logits,
+    fake_impl=empty_logits,
 )

@@ -92,6 +92,7 @@ void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pd
       pdl,
       stream);
   if (error != cudaSuccess) {
+    cudaGetLastError();  // cleared, or PyTorch would report it for a call of its own
     TVM_FFI_THROW(RuntimeError) << "cluster_router_gemm: " << cudaGetErrorString(error);
   }
 }
