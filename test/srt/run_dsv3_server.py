@@ -98,6 +98,7 @@ class Server:
     def __init__(self, model: Path, log: Path, port: int, backend: str, extra: list[str]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        self.backend = backend
         command = [sys.executable, "-m", "sglang.launch_server"]
         command += ["--model-path", str(model), "--port", str(port), "--load-format", "dummy"]
         command += ["--skip-tokenizer-init", "--attention-backend", "triton"]

@@ -99,13 +99,14 @@ def test_the_policy(
 
 
 @st.composite
-def matrices(draw: st.DrawFn, rows: int, columns: int) -> torch.Tensor:
+def matrices(draw: st.DrawFn, rows: int, columns: int, device: str = "cpu") -> torch.Tensor:
     """A matrix as a view of something larger, transposed, offset or plain."""
     dtype = draw(_mostly(torch.bfloat16, other=st.sampled_from(FLOATS)))
     row_step, column_step = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]))
     offset, padding = draw(st.sampled_from([0, 0, 1, 8])), draw(st.sampled_from([0, 0, 3, 16]))
     width = columns * column_step + padding
-    storage = torch.randn(offset + rows * row_step * width + 1).to(dtype)
+    size = offset + rows * row_step * width + 1
+    storage = torch.randn(size, device=device).to(dtype)
     special = draw(st.sampled_from([None, None, None, math.nan, math.inf, 1e-40]))
     if special is not None:
         storage[draw(st.integers(0, len(storage) - 1))] = special
@@ -124,7 +125,7 @@ def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     return draw(matrices(rows, columns)), draw(matrices(experts, columns + wrong))
 
 
-def _same(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+def same_as_fp64(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     expected = hidden_states.detach().double() @ weight.detach().double().t()
     size = hidden_states.detach().double().norm(dim=1, keepdim=True) * (
         weight.detach().double().norm(dim=1)
@@ -152,4 +153,4 @@ def test_ops_are_right_or_name_the_argument(pair: tuple[torch.Tensor, torch.Tens
         logits = ops.cluster_router_gemm(hidden_states, weight)
     assert logits.dtype == torch.float32
     assert logits.shape == (len(hidden_states), len(weight))
-    assert _same(logits, hidden_states, weight)
+    assert same_as_fp64(logits, hidden_states, weight)

@@ -79,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--providers",
         nargs="+",
         metavar="WORD",
-        help="only providers whose name contains one of these, upper or lower case",
+        help="only providers of this name or, where none has it, whose name contains it; upper or "
+        "lower case",
     )
     parser.add_argument(
         "--rounds",
@@ -144,20 +145,22 @@ def check_on_cpu() -> int:
 def filter_providers(providers: list[Provider], words: Sequence[str] | None) -> list[Provider]:
     """Those whose name contains one of `words`; all where none are given.
 
+    A word that is a provider's whole name stands for that provider alone.
+
     Raises:
         ValueError: a word is in no name.
     """
     if words is None:
         return providers
-    for word in words:
-        if not any(word.lower() in provider.name.lower() for provider in providers):
-            names = ", ".join(provider.name for provider in providers)
-            raise ValueError(f"no provider has {word!r} in its name; there are: {names}")
-    return [
-        provider
-        for provider in providers
-        if any(word.lower() in provider.name.lower() for word in words)
-    ]
+    names = [provider.name.lower() for provider in providers]
+    wanted: set[str] = set()
+    for word in map(str.lower, words):
+        found = [word] if word in names else [name for name in names if word in name]
+        if not found:
+            there = ", ".join(provider.name for provider in providers)
+            raise ValueError(f"no provider has {word!r} in its name; there are: {there}")
+        wanted.update(found)
+    return [provider for provider in providers if provider.name.lower() in wanted]
 
 
 def empty_results(

@@ -12,11 +12,6 @@ from sglang.srt.utils.router_gemm import jit
 
 SOURCE = Path(__file__).parent / "csrc" / "cluster_router_gemm.cu"
 
-# What a CTA may take of an SM, in bytes: CUDA C++ Programming Guide, table of technical
-# specifications per compute capability (227 KB on 9.0 and 10.x, 99 KB on 12.x).
-_SHARED_BYTES = {12: 99 * 1024}
-_SHARED_BYTES_ELSE = 227 * 1024
-
 
 def spec(num_experts: int, hidden_size: int, sm: int) -> jit.Spec:
     """What is compiled for weights `[N, K]` on one SM."""
@@ -27,7 +22,6 @@ def spec(num_experts: int, hidden_size: int, sm: int) -> jit.Spec:
         defines=(
             ("ROUTER_GEMM_NUM_EXPERTS", num_experts),
             ("ROUTER_GEMM_HIDDEN_SIZE", hidden_size),
-            ("ROUTER_GEMM_SHARED_BYTES", _SHARED_BYTES.get(sm // 10, _SHARED_BYTES_ELSE)),
         ),
     )
 

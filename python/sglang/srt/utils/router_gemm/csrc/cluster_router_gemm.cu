@@ -5,13 +5,10 @@
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
 
-#include <type_traits>
-
 #include "cluster_router_gemm.cuh"
 
-#if !defined(ROUTER_GEMM_NUM_EXPERTS) || !defined(ROUTER_GEMM_HIDDEN_SIZE) || \
-    !defined(ROUTER_GEMM_SHARED_BYTES)
-#error "the build defines N, K and the shared memory that a CTA may have"
+#if !defined(ROUTER_GEMM_NUM_EXPERTS) || !defined(ROUTER_GEMM_HIDDEN_SIZE)
+#error "the build defines N and K"
 #endif
 
 namespace router_gemm {
@@ -21,30 +18,16 @@ using tvm::ffi::TensorView;
 constexpr int kNumExperts = ROUTER_GEMM_NUM_EXPERTS, kHiddenSize = ROUTER_GEMM_HIDDEN_SIZE;
 constexpr int kMaxTokens = 128;
 
-template <int kExperts, int kTokens, int kStages>
-using ShapeOf = Shape<kNumExperts, kHiddenSize, kExperts, kTokens, kStages>;
-
-template <typename S>
-constexpr bool kFits = S::shared_bytes(kMaxTokens) <= ROUTER_GEMM_SHARED_BYTES;
-
 // A wide tile has fewer CTAs read each token; with N below 256 it would leave too few of them to
 // keep the memory busy.
-template <int kTile>
-constexpr int experts_of_a_cluster() {
-  if constexpr (kNumExperts < 256 || kNumExperts % kTile != 0) {
-    return 16;
-  } else {
-    return kFits<ShapeOf<kTile, 16, 1>> ? kTile : 16;
-  }
-}
-constexpr int kExperts = experts_of_a_cluster<32>();
+constexpr int kExperts = kNumExperts < 256 || kNumExperts % 32 != 0 ? 16 : 32;
 
-using Few = ShapeOf<kExperts, 8, 1>;
-using Some = ShapeOf<kExperts, 16, 1>;
-using Staged = ShapeOf<kExperts, 32, 2>;
-using Single = ShapeOf<kExperts, 32, 1>;
-using Many = std::conditional_t<kFits<Staged>, Staged, std::conditional_t<kFits<Single>, Single, Some>>;
-static_assert(kFits<Some>, "K is too large for this GPU's shared memory");
+template <int kTokens, bool kManyPasses>
+using ShapeOf = Shape<kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses>;
+using Few = ShapeOf<8, false>;
+using Some = ShapeOf<16, false>;
+using Many = ShapeOf<16, true>;
+static_assert(Many::shared_bytes(kMaxTokens) <= 99 * 1024, "all that a CTA may have on SM 120");
 
 void check(bool condition, const char* argument, const char* must) {
   if (!condition) {

@@ -1,0 +1,189 @@
+"""Decode step time of SGLang's real server with the patch and without it, interleaved.
+
+    python3 test/srt/run_dsv3_decode.py --output-dir results
+
+Needs one Hopper or Blackwell GPU with 80 GB, SGLang and this package, no model files. Two
+servers run on the GPU at once, one with the backend and one with `off`, on the model of
+run_dsv3_server.py (DeepSeek-V3's full router width) with as many layers as fit twice. They
+take turns, so a drifting clock hits both alike: each batch size, one server after the
+other, several times over.
+
+A batch of equal prompts is sent in one request and decodes in lockstep. The time of a step is
+the difference between a long and a short generation over the difference in tokens, which takes
+prefill, HTTP and scheduling of the batch out. Writes `dsv3_decode.json` and `dsv3_decode.md`
+after each round, so that a run that is cut short is not lost; exits with 1 where the patch was
+not taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from run_dsv3_server import Server, deepseek_v3_config, environment, prompts, running
+from tabulate import tabulate
+
+BATCH_SIZES = (1, 8, 16, 32, 64)
+PROMPT_TOKENS = 16
+SHORT, LONG = 8, 136
+
+
+def seconds(server: Server, batch: Sequence[list[int]], new_tokens: int) -> float:
+    """How long one request of `len(batch)` prompts takes."""
+    started = time.perf_counter()
+    response = requests.post(
+        f"{server.url}/generate",
+        json={
+            "input_ids": batch,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": new_tokens,
+                "ignore_eos": True,
+            },
+        },
+        timeout=120,
+    )
+    took = time.perf_counter() - started
+    response.raise_for_status()
+    assert [len(each["output_ids"]) for each in response.json()] == [new_tokens] * len(batch)
+    return took
+
+
+def step_us(server: Server, batch: Sequence[list[int]]) -> float:
+    """Microseconds of one decode step."""
+    short = seconds(server, batch, SHORT)
+    return 1e6 * (seconds(server, batch, LONG) - short) / (LONG - SHORT)
+
+
+def measure(servers: Sequence[Server], rounds: int) -> Iterator[dict[int, list[list[float]]]]:
+    """By batch size, and for each server, the step times so far; after each round."""
+    steps: dict[int, list[list[float]]] = {size: [[] for _ in servers] for size in BATCH_SIZES}
+    for each in range(-1, rounds):  # the first one warms up
+        for size in BATCH_SIZES:
+            lengths = range(PROMPT_TOKENS, PROMPT_TOKENS + 1)
+            batch = prompts(size, seed=1000 * (each + 1) + size, lengths=lengths)
+            order = range(len(servers)) if each % 2 else reversed(range(len(servers)))
+            for server in order:
+                step = step_us(servers[server], batch)
+                if each >= 0:
+                    steps[size][server].append(step)
+        if each >= 0:
+            yield steps
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+
+
+def rows(steps: dict[int, list[list[float]]], num_gates: int) -> list[tuple[str, ...]]:
+    table = []
+    for size, (ours, off) in steps.items():
+        saved = [(b - a) / num_gates for a, b in zip(ours, off, strict=True)]
+        table.append(
+            (
+                str(size),
+                *("{1:.0f} ({0:.0f}-{2:.0f})".format(*quartiles(each)) for each in (ours, off)),
+                f"{statistics.median(off) / statistics.median(ours):.3f}",
+                "{1:.2f} ({0:.2f}-{2:.2f})".format(*quartiles(saved)),
+            )
+        )
+    return table
+
+
+def write(
+    folder: Path,
+    where: dict[str, str],
+    config: dict[str, Any],
+    servers: Sequence[Server],
+    steps: dict[int, list[list[float]]],
+) -> str:
+    """The report so far; its text."""
+    num_gates = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    backends = [server.backend for server in servers]
+    command = ["python3", *servers[0].command[1:]]
+    command[command.index("--model-path") + 1] = "MODEL"
+    policy = [line for line in servers[0].log.read_text().splitlines() if "Router GEMM" in line]
+    num_rounds = len(next(iter(steps.values()))[0])
+    headers = ["batch", *(f"{name}, µs" for name in backends), "ratio", "saved per gate, µs"]
+    text = "\n\n".join(
+        [
+            "# Decode step time of SGLang's server on a DeepSeek-V3-shaped model",
+            "\n".join(f"- {name}: {value}" for name, value in where.items()),
+            f"{num_gates} MoE layers of 256 experts, hidden 7168, moe_intermediate_size "
+            f"{config['moe_intermediate_size']}; `--load-format dummy`. Two servers on one GPU, "
+            f"which took turns; median and quartiles of {num_rounds} rounds, {LONG - SHORT} steps "
+            "each.",
+            "```\n" + " ".join(command) + "\n```",
+            tabulate(rows(steps, num_gates), headers, tablefmt="github", disable_numparse=True),
+            "```\n" + "\n".join(policy) + "\n```",
+        ]
+    )
+    (folder / "dsv3_decode.md").write_text(text + "\n")
+    results = {
+        "environment": where,
+        "config": config,
+        "command": command,
+        "backends": backends,
+        "step_us": steps,
+        "log_lines": policy,
+    }
+    (folder / "dsv3_decode.json").write_text(json.dumps(results, indent=1))
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("results"))
+    parser.add_argument("--backend", default="auto", help="compared with off")
+    parser.add_argument("--num-layers", type=int, default=20, help="the first one is dense")
+    parser.add_argument("--moe-intermediate-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--port", type=int, default=30000)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: SGLang's server needs a GPU")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    config = deepseek_v3_config(arguments.num_layers)
+    config["moe_intermediate_size"] = arguments.moe_intermediate_size
+    extra = ["--cuda-graph-bs", *map(str, BATCH_SIZES)]
+    extra += ["--max-running-requests", str(BATCH_SIZES[-1])]
+    # Two servers share the GPU: little for the cache, and the rest left to the other one.
+    extra += ["--max-total-tokens", "16384", "--mem-fraction-static", "0.9"]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2))
+        servers = [
+            stack.enter_context(
+                running(
+                    Path(folder),
+                    arguments.output_dir / f"decode_{backend}.log",
+                    arguments.port + 1000 * index,
+                    backend,
+                    extra,
+                )
+            )
+            for index, backend in enumerate((arguments.backend, "off"))
+        ]
+        with ThreadPoolExecutor() as pool:
+            startup = list(pool.map(Server.wait, servers))
+        print(f"up after {max(startup):.0f} s", flush=True)
+        where, text = environment(), ""
+        for steps in measure(servers, arguments.rounds):
+            text = write(arguments.output_dir, where, config, servers, steps)
+        log = servers[0].log.read_text()
+    print(text)
+    return int(not re.search(r"M [\d-]+ (cluster|flashinfer)\b", log))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
