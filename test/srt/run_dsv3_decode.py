@@ -21,17 +21,13 @@ import argparse
 import json
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
-from run_dsv3_server import Server, deepseek_v3_config, environment, prompts, running
+from dsv3_server import Server, deepseek_v3_config, environment, prompts, side_by_side
 from tabulate import tabulate
 
 BATCH_SIZES = (1, 8, 16, 32, 64)
@@ -42,22 +38,8 @@ SHORT, LONG = 8, 136
 def seconds(server: Server, batch: Sequence[list[int]], new_tokens: int) -> float:
     """How long one request of `len(batch)` prompts takes."""
     started = time.perf_counter()
-    response = requests.post(
-        f"{server.url}/generate",
-        json={
-            "input_ids": batch,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": new_tokens,
-                "ignore_eos": True,
-            },
-        },
-        timeout=120,
-    )
-    took = time.perf_counter() - started
-    response.raise_for_status()
-    assert [len(each["output_ids"]) for each in response.json()] == [new_tokens] * len(batch)
-    return took
+    server.generate(batch, new_tokens)
+    return time.perf_counter() - started
 
 
 def step_us(server: Server, batch: Sequence[list[int]]) -> float:
@@ -111,8 +93,6 @@ def write(
     """The report so far; its text."""
     num_gates = config["num_hidden_layers"] - config["first_k_dense_replace"]
     backends = [server.backend for server in servers]
-    command = ["python3", *servers[0].command[1:]]
-    command[command.index("--model-path") + 1] = "MODEL"
     policy = [line for line in servers[0].log.read_text().splitlines() if "Router GEMM" in line]
     num_rounds = len(next(iter(steps.values()))[0])
     headers = ["batch", *(f"{name}, µs" for name in backends), "ratio", "saved per gate, µs"]
@@ -124,7 +104,7 @@ def write(
             f"{config['moe_intermediate_size']}; `--load-format dummy`. Two servers on one GPU, "
             f"which took turns; median and quartiles of {num_rounds} rounds, {LONG - SHORT} steps "
             "each.",
-            "```\n" + " ".join(command) + "\n```",
+            f"```\n{servers[0].shown_command}\n```",
             tabulate(rows(steps, num_gates), headers, tablefmt="github", disable_numparse=True),
             "```\n" + "\n".join(policy) + "\n```",
         ]
@@ -133,7 +113,7 @@ def write(
     results = {
         "environment": where,
         "config": config,
-        "command": command,
+        "command": servers[0].shown_command,
         "backends": backends,
         "step_us": steps,
         "log_lines": policy,
@@ -158,25 +138,8 @@ def main() -> int:
     config["moe_intermediate_size"] = arguments.moe_intermediate_size
     extra = ["--cuda-graph-bs", *map(str, BATCH_SIZES)]
     extra += ["--max-running-requests", str(BATCH_SIZES[-1])]
-    # Two servers share the GPU: little for the cache, and the rest left to the other one.
-    extra += ["--max-total-tokens", "16384", "--mem-fraction-static", "0.9"]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2))
-        servers = [
-            stack.enter_context(
-                running(
-                    Path(folder),
-                    arguments.output_dir / f"decode_{backend}.log",
-                    arguments.port + 1000 * index,
-                    backend,
-                    extra,
-                )
-            )
-            for index, backend in enumerate((arguments.backend, "off"))
-        ]
-        with ThreadPoolExecutor() as pool:
-            startup = list(pool.map(Server.wait, servers))
-        print(f"up after {max(startup):.0f} s", flush=True)
+    backends = (arguments.backend, "off")
+    with side_by_side(config, backends, arguments.output_dir, arguments.port, extra) as servers:
         where, text = environment(), ""
         for steps in measure(servers, arguments.rounds):
             text = write(arguments.output_dir, where, config, servers, steps)

@@ -18,154 +18,29 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
-import platform
-import random
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import requests
 import torch
+from dsv3_server import Server, deepseek_v3_config, environment, prompts, running
 from tabulate import tabulate
 
-from sglang_router_gemm.doctor import installed_versions
 from sglang_router_gemm.routing import agreement, grouped_topk
 
-VOCAB_SIZE = 8192
 CONCURRENCIES = (1, 8, 16)
 REQUESTS_PER_CLIENT = 4
 NEW_TOKENS = 32
 CAPTURED_BATCH_SIZES = range(1, 17)
-STARTUP_TIMEOUT_S = 420
 KERNEL_NAME = re.compile(r"[\w:]*(router_gemm|tiny_gemm|RouterGemm|TinyGemm)\w*")
-
-
-def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
-    """config.json of a model that routes as DeepSeek-V3 does and is small elsewhere."""
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "torch_dtype": "bfloat16",
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 7168,
-        "n_routed_experts": 256,
-        "n_group": 8,
-        "topk_group": 4,
-        "num_experts_per_tok": 8,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "n_shared_experts": 1,
-        "moe_layer_freq": 1,
-        "first_k_dense_replace": 1,
-        "num_hidden_layers": num_layers,
-        "num_nextn_predict_layers": 0,
-        "intermediate_size": 2048,
-        "moe_intermediate_size": 256,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-
-class Server:
-    """One run of `python -m sglang.launch_server`."""
-
-    def __init__(self, model: Path, log: Path, port: int, backend: str, extra: list[str]) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        self.backend = backend
-        command = [sys.executable, "-m", "sglang.launch_server"]
-        command += ["--model-path", str(model), "--port", str(port), "--load-format", "dummy"]
-        command += ["--skip-tokenizer-init", "--attention-backend", "triton"]
-        command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
-        command += ["--mem-fraction-static", "0.5", "--disable-radix-cache", *extra]
-        self.command = command
-        self._process = subprocess.Popen(
-            command,
-            env=os.environ | {"SGLANG_ROUTER_GEMM_BACKEND": backend},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def wait(self) -> float:
-        """Seconds until it is healthy."""
-        started = time.monotonic()
-        while time.monotonic() - started < STARTUP_TIMEOUT_S:
-            if self._process.poll() is not None:
-                break
-            with suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=5).ok:
-                    return time.monotonic() - started
-            time.sleep(1)
-        raise RuntimeError(f"the server did not come up:\n{self.log.read_text()[-4000:]}")
-
-    def generate(self, prompt: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
-        response = requests.post(
-            f"{self.url}/generate",
-            json={
-                "input_ids": prompt,
-                "sampling_params": {
-                    "temperature": 0,
-                    "max_new_tokens": new_tokens,
-                    "ignore_eos": True,
-                },
-            },
-            timeout=120,
-        )
-        response.raise_for_status()
-        tokens: list[int] = response.json()["output_ids"]
-        return tokens
-
-    def stop(self) -> None:
-        os.killpg(self._process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(30)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-@contextmanager
-def running(*args: Any) -> Iterator[Server]:
-    server = Server(*args)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def prompts(count: int, seed: int, lengths: range = range(1, 65)) -> list[list[int]]:
-    source = random.Random(seed)
-    return [
-        [source.randrange(2, VOCAB_SIZE) for _ in range(source.choice(lengths))]
-        for _ in range(count)
-    ]
 
 
 @dataclass
@@ -180,6 +55,11 @@ class Serving:
     seconds: dict[int, float]
 
 
+def generate(server: Server, prompt: list[int], new_tokens: int = NEW_TOKENS) -> list[int]:
+    [tokens] = server.generate([prompt], new_tokens)
+    return tokens
+
+
 def serve(server: Server, backend: str, profile_dir: Path) -> Serving:
     startup = server.wait()
     outputs, seconds = {}, {}
@@ -187,7 +67,7 @@ def serve(server: Server, backend: str, profile_dir: Path) -> Serving:
         batch = prompts(concurrency * REQUESTS_PER_CLIENT, seed=concurrency)
         started = time.monotonic()
         with ThreadPoolExecutor(concurrency) as pool:
-            outputs[concurrency] = list(pool.map(server.generate, batch))
+            outputs[concurrency] = list(pool.map(partial(generate, server), batch))
         seconds[concurrency] = time.monotonic() - started
     kernels = profiled_router_kernels(server, profile_dir)
     interesting = re.compile(
@@ -205,7 +85,7 @@ def profiled_router_kernels(server: Server, folder: Path) -> dict[str, int]:
         json={"output_dir": str(folder), "num_steps": 8, "activities": ["CPU", "GPU"]},
         timeout=60,
     )
-    server.generate(prompts(1, seed=99)[0])
+    generate(server, prompts(1, seed=99)[0])
     counts: Counter[str] = Counter()
     for _ in range(60):
         traces = [path for path in folder.rglob("*.gz") if path.stat().st_size]
@@ -230,7 +110,7 @@ def dump(server: Server, folder: Path) -> list[dict[str, torch.Tensor]]:
     """
     server.wait()
     for length in CAPTURED_BATCH_SIZES:
-        server.generate(prompts(1, seed=length, lengths=range(length, length + 1))[0], 4)
+        generate(server, prompts(1, seed=length, lengths=range(length, length + 1))[0], 4)
     time.sleep(2)
     files = sorted(folder.rglob("Pass*.pt"))
     passes = []
@@ -283,24 +163,9 @@ def compare_dumps(
     return comparisons
 
 
-def environment() -> dict[str, str]:
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
-    found = {"GPU": torch.cuda.get_device_name(0), "driver": (driver or ["unknown"])[0]}
-    found |= {name: has or "not installed" for name, has in installed_versions().items()}
-    found["torch"] = torch.__version__  # with the CUDA that it was built for
-    found["Python"] = platform.python_version()
-    found["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return found
-
-
 def report(
     where: dict[str, str],
-    command: list[str],
+    command: str,
     config: dict[str, Any],
     servings: list[Serving],
     layers: list[LayerComparison],
@@ -339,7 +204,7 @@ def report(
         + "; `--load-format dummy`."
     )
     parts.append(f"Command, with `SGLANG_ROUTER_GEMM_BACKEND={ours.backend}`, then `off`:")
-    parts.append("```\n" + " ".join(command) + "\n```")
+    parts.append(f"```\n{command}\n```")
     parts.append("## Served over HTTP, CUDA graphs on")
     headers = ["concurrency", "requests", "tokens", "seconds", "backend", "same tokens as off"]
     parts.append(tabulate(serving_rows, headers, tablefmt="github", disable_numparse=True))
@@ -380,7 +245,7 @@ def main() -> int:
     config = deepseek_v3_config(arguments.num_layers)
     graph_sizes = ["--cuda-graph-bs", *map(str, CAPTURED_BATCH_SIZES)]
     graph_sizes += ["--max-running-requests", str(CAPTURED_BATCH_SIZES[-1])]
-    servings, dumps, command = [], [], []
+    servings, dumps, command = [], [], ""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -388,7 +253,7 @@ def main() -> int:
             log = arguments.output_dir / f"server_{backend}.log"
             with running(folder, log, arguments.port, backend, graph_sizes) as server:
                 servings.append(serve(server, backend, folder / f"profile_{backend}"))
-                command = server.command
+                command = server.shown_command
             print(f"{backend}: served, up after {servings[-1].startup_s:.0f} s", flush=True)
         for backend in (arguments.backend, "off"):
             log = arguments.output_dir / f"dump_{backend}.log"
@@ -397,8 +262,6 @@ def main() -> int:
             with running(folder, log, arguments.port, backend, extra) as server:
                 dumps.append(dump(server, target))
             print(f"{backend}: dumped {len(dumps[-1])} passes", flush=True)
-    command = ["python3", *command[1:]]
-    command[command.index("--model-path") + 1] = "MODEL"
     layers = compare_dumps(*dumps)
     where = environment()
     text = report(where, command, config, servings, layers)

@@ -1,0 +1,198 @@
+"""SGLang's real server on a DeepSeek-V3-shaped model, for the run_dsv3_*.py beside this."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+
+from sglang_router_gemm.doctor import installed_versions
+
+VOCAB_SIZE = 8192
+STARTUP_TIMEOUT_S = 420
+REQUEST_TIMEOUT_S = 120
+
+
+def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
+    """config.json of a model that routes as DeepSeek-V3 does and is small elsewhere."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 7168,
+        "n_routed_experts": 256,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "n_shared_experts": 1,
+        "moe_layer_freq": 1,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": num_layers,
+        "num_nextn_predict_layers": 0,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def request(prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
+    return {
+        "input_ids": list(prompts),
+        "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+    }
+
+
+class Server:
+    """One run of `python -m sglang.launch_server`."""
+
+    def __init__(self, model: Path, log: Path, port: int, backend: str, extra: list[str]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.backend = backend
+        command = [sys.executable, "-m", "sglang.launch_server"]
+        command += ["--model-path", str(model), "--port", str(port), "--load-format", "dummy"]
+        command += ["--skip-tokenizer-init", "--attention-backend", "triton"]
+        command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
+        command += ["--mem-fraction-static", "0.5", "--disable-radix-cache", *extra]
+        self.command = command
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | {"SGLANG_ROUTER_GEMM_BACKEND": backend},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def shown_command(self) -> str:
+        """The command, without the paths of this machine."""
+        command = ["python3", *self.command[1:]]
+        command[command.index("--model-path") + 1] = "MODEL"
+        return " ".join(command)
+
+    def wait(self) -> float:
+        """Seconds until it is healthy."""
+        started = time.monotonic()
+        while time.monotonic() - started < STARTUP_TIMEOUT_S:
+            if self._process.poll() is not None:
+                break
+            with suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health", timeout=5).ok:
+                    return time.monotonic() - started
+            time.sleep(1)
+        raise RuntimeError(f"the server did not come up:\n{self.log.read_text()[-4000:]}")
+
+    def generate(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+        """The tokens after each prompt, greedily; one request, so they decode in lockstep."""
+        response = requests.post(
+            f"{self.url}/generate", json=request(prompts, new_tokens), timeout=REQUEST_TIMEOUT_S
+        )
+        response.raise_for_status()
+        tokens = [each["output_ids"] for each in response.json()]
+        if [len(each) for each in tokens] != [new_tokens] * len(prompts):
+            raise RuntimeError(f"{len(prompts)} prompts came back as {list(map(len, tokens))}")
+        return tokens
+
+    def abandon(self, prompt: list[int], new_tokens: int, chunks: int) -> None:
+        """Reads `chunks` pieces of a streamed answer and hangs up, which aborts the request."""
+        body = request([prompt], new_tokens) | {"stream": True}
+        with requests.post(
+            f"{self.url}/generate", json=body, stream=True, timeout=REQUEST_TIMEOUT_S
+        ) as response:
+            response.raise_for_status()
+            for number, _ in enumerate(response.iter_lines(), 1):
+                if number >= chunks:
+                    return
+
+    def stop(self) -> None:
+        os.killpg(self._process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@contextmanager
+def running(*args: Any) -> Iterator[Server]:
+    server = Server(*args)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def side_by_side(
+    config: dict[str, Any], backends: Sequence[str], logs: Path, port: int, extra: list[str]
+) -> Iterator[list[Server]]:
+    """A server for each backend, all on one GPU at once and up."""
+    # Little for the cache, and what is left to the others.
+    extra = ["--max-total-tokens", "65536", "--mem-fraction-static", "0.9", *extra]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2))
+        servers = []
+        for index, backend in enumerate(backends):
+            log = logs / f"server_{index}_{backend}.log"
+            arguments = (Path(folder), log, port + 1000 * index, backend, extra)
+            servers.append(stack.enter_context(running(*arguments)))
+        with ThreadPoolExecutor() as pool:
+            startup = list(pool.map(Server.wait, servers))
+        print(f"up after {max(startup):.0f} s", flush=True)
+        yield servers
+
+
+def prompts(count: int, seed: int, lengths: range = range(1, 65)) -> list[list[int]]:
+    source = random.Random(seed)
+    return [
+        [source.randrange(2, VOCAB_SIZE) for _ in range(source.choice(lengths))]
+        for _ in range(count)
+    ]
+
+
+def environment() -> dict[str, str]:
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    found = {"GPU": torch.cuda.get_device_name(0), "driver": (driver or ["unknown"])[0]}
+    found |= {name: has or "not installed" for name, has in installed_versions().items()}
+    found["torch"] = torch.__version__  # with the CUDA that it was built for
+    found["Python"] = platform.python_version()
+    found["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return found

@@ -1,0 +1,200 @@
+"""2,000 requests to SGLang's real server with the patch, and to one without it.
+
+    python3 test/srt/run_dsv3_load.py --output-dir results
+
+Needs one Hopper or Blackwell GPU with 80 GB, SGLang and this package, no model files. Two
+servers run on the GPU at once, one with the backend and one with `off`, on the model of
+run_dsv3_server.py. Prompts have 1 to 3,000 tokens, answers 4 to 64, one request in ten hangs up
+half-way; 1, 4, 16, then 64 clients. Every request goes to the server with the backend once and
+to the other one twice, so that the share of answers that are alike can be compared with the
+share between two runs without the patch: batches form differently each time.
+
+Writes `dsv3_load.json` and `dsv3_load.md`; exits with 1 where a request failed, a server no
+longer answers, or the GPU's memory grows when the heaviest part is served once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from dsv3_server import Server, deepseek_v3_config, environment, prompts, side_by_side
+from tabulate import tabulate
+
+CLIENTS = {1: 100, 4: 300, 16: 600, 64: 1000}  # clients: requests
+LONGEST_PROMPT = 3000
+NEW_TOKENS = range(4, 65)
+ONE_IN_ABORTS = 10
+CAPTURED_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+# What a CUDA context or an allocator's next block may take, far less than a leak would.
+MEMORY_MARGIN_MIB = 64
+
+
+class Request(NamedTuple):
+    prompt: list[int]
+    new_tokens: int
+    aborted: bool
+
+
+@dataclass
+class Pass:
+    """All requests to one server once, by number of clients."""
+
+    backend: str
+    answers: dict[int, list[list[int] | None]] = field(default_factory=dict)
+    """None where the client hung up or the request failed."""
+    seconds: dict[int, float] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    memory_mib: list[int] = field(default_factory=list)
+
+
+def plan(count: int, seed: int) -> list[Request]:
+    """Requests whose prompts are short more often than long: the logarithm is uniform."""
+    source = random.Random(seed)
+    requests = []
+    for index in range(count):
+        length = int(LONGEST_PROMPT ** source.random())
+        [prompt] = prompts(1, seed=seed * 10_000 + index, lengths=range(length, length + 1))
+        new_tokens = source.choice(NEW_TOKENS)
+        requests.append(Request(prompt, new_tokens, source.randrange(ONE_IN_ABORTS) == 0))
+    return requests
+
+
+def send(server: Server, errors: list[str], request: Request) -> list[int] | None:
+    try:
+        if request.aborted:
+            server.abandon(request.prompt, request.new_tokens, chunks=request.new_tokens // 2)
+            return None
+        [tokens] = server.generate([request.prompt], request.new_tokens)
+    except Exception as error:  # whatever it is, it is counted and the load goes on
+        errors.append(f"{len(request.prompt)} tokens: {type(error).__name__}: {error}"[:300])
+        return None
+    return tokens
+
+
+def used_mib() -> int:
+    """Memory of the GPU that is in use, by everyone."""
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout.split()[0])
+
+
+def load(server: Server, done: Pass, clients: int) -> None:
+    requests = plan(CLIENTS[clients], seed=clients)
+    started = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        done.answers[clients] = list(pool.map(partial(send, server, done.errors), requests))
+    done.seconds[clients] = time.monotonic() - started
+    server.generate(prompts(1, seed=0), 4)  # it still answers
+    done.memory_mib.append(used_mib())
+
+
+def alike(a: Pass, b: Pass) -> tuple[int, int]:
+    """Answers that are the same in both passes, of those that both have."""
+    pairs = [
+        pair
+        for clients in a.answers
+        for pair in zip(a.answers[clients], b.answers[clients], strict=True)
+        if None not in pair
+    ]
+    return sum(ours == theirs for ours, theirs in pairs), len(pairs)
+
+
+def report(
+    where: dict[str, str], command: str, passes: Sequence[Pass], growth_mib: int
+) -> tuple[str, dict[str, Any]]:
+    ours, off, again = passes
+    rows = [
+        (
+            clients,
+            len(each.answers[clients]),
+            sum(answer is None for answer in each.answers[clients]),
+            f"{each.seconds[clients]:.1f}",
+            each.backend,
+            memory,
+        )
+        for each in passes
+        for clients, memory in zip(each.answers, each.memory_mib, strict=True)
+    ]
+    shares = {
+        f"{ours.backend} and off": alike(ours, off),
+        "off and off": alike(off, again),
+    }
+    errors = [error for each in passes for error in each.errors]
+    text = "\n\n".join(
+        [
+            "# Load on SGLang's server, a DeepSeek-V3-shaped model",
+            "\n".join(f"- {name}: {value}" for name, value in where.items()),
+            f"```\n{command}\n```",
+            tabulate(
+                rows,
+                ["clients", "requests", "hung up", "seconds", "backend", "GPU memory, MiB"],
+                tablefmt="github",
+            ),
+            "The same tokens, of the requests that were not given up: "
+            + "; ".join(f"{name} {same} of {count}" for name, (same, count) in shares.items())
+            + f". Errors: {len(errors)}. Served once more, {max(CLIENTS)} clients "
+            f"took {growth_mib} MiB of memory.",
+            *errors[:20],
+        ]
+    )
+    results = {
+        "environment": where,
+        "command": command,
+        "passes": [asdict(each) for each in passes],
+        "alike": shares,
+        "growth_mib": growth_mib,
+    }
+    return text, results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("results"))
+    parser.add_argument("--backend", default="auto", help="compared with off")
+    parser.add_argument("--num-layers", type=int, default=5, help="the first one is dense")
+    parser.add_argument("--port", type=int, default=30000)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: SGLang's server needs a GPU")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    extra = ["--cuda-graph-bs", *map(str, CAPTURED_BATCH_SIZES)]
+    extra += ["--max-running-requests", str(CAPTURED_BATCH_SIZES[-1])]
+    passes = [Pass(arguments.backend), Pass("off"), Pass("off")]
+    config = deepseek_v3_config(arguments.num_layers)
+    backends = (arguments.backend, "off")
+    with side_by_side(config, backends, arguments.output_dir, arguments.port, extra) as (ours, off):
+        for server, each in zip((ours, off, off), passes, strict=True):
+            for clients in CLIENTS:
+                load(server, each, clients)
+            print(f"{each.backend}: {sum(each.seconds.values()):.0f} s", flush=True)
+        # Both servers have served everything once by now; a second round must not take more.
+        full = used_mib()
+        load(ours, Pass(arguments.backend), max(CLIENTS))
+        growth = used_mib() - full
+        command = ours.shown_command
+    text, results = report(environment(), command, passes, growth)
+    (arguments.output_dir / "dsv3_load.md").write_text(text + "\n")
+    (arguments.output_dir / "dsv3_load.json").write_text(json.dumps(results))
+    print(text)
+    failed = any(each.errors for each in passes)
+    return int(failed or growth > MEMORY_MARGIN_MIB)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
