@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import requests
@@ -78,7 +79,15 @@ def request(prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
 class Server:
     """One run of `python -m sglang.launch_server`."""
 
-    def __init__(self, model: Path, log: Path, port: int, backend: str, extra: list[str]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        port: int,
+        backend: str,
+        extra: list[str],
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.backend = backend
@@ -90,7 +99,7 @@ class Server:
         self.command = command
         self._process = subprocess.Popen(
             command,
-            env=os.environ | {"SGLANG_ROUTER_GEMM_BACKEND": backend},
+            env=os.environ | {"SGLANG_ROUTER_GEMM_BACKEND": backend} | dict(variables),
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
