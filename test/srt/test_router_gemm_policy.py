@@ -9,6 +9,7 @@ from sglang.srt.utils.router_gemm.call import RouterGemmCall
 from sglang.srt.utils.router_gemm.policy import (
     BACKENDS,
     RULES,
+    considered,
     decisions_by_num_tokens,
     refuse,
     select_backend,
@@ -137,6 +138,18 @@ def test_torch_serves_every_16_bit_matrix(device_type: str, num_tokens: int) -> 
         "hidden_states and weight differ in dtype",
     )
     assert select_backend(call._replace(deterministic_inference=True), "torch", READY)[0] is None
+
+
+@pytest.mark.parametrize("requested", BACKENDS)
+@pytest.mark.parametrize("call", [HOPPER, BLACKWELL, BLACKWELL._replace(sm=120)])
+def test_the_availability_of_no_other_backend_is_asked(
+    call: RouterGemmCall, requested: str
+) -> None:
+    known = dict.fromkeys(considered(requested))
+    assert select_backend(call, requested, known) == select_backend(call, requested, READY)
+    for name in known:
+        gone = known | {name: "not installed"}
+        assert select_backend(call, requested, gone).backend != name
 
 
 @pytest.mark.parametrize("call", [HOPPER, BLACKWELL])

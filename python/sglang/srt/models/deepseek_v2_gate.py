@@ -21,6 +21,7 @@ from sglang.srt.utils.router_gemm.ops import (
 from sglang.srt.utils.router_gemm.policy import (
     RULES,
     Refusal,
+    considered,
     decisions_by_num_tokens,
     refuse,
     select_backend,
@@ -94,7 +95,7 @@ def fast_router_logits(
     call = describe_call(hidden_states, weight, forward_batch)
     unavailable = {
         name: kernels.unavailable(name, hidden_states.device, call.num_experts, call.hidden_size)
-        for name in RULES
+        for name in considered(requested)
     }
     backend, refusal = select_backend(call, requested, unavailable)
     if refusal is not None and requested in RULES and not torch.compiler.is_compiling():
@@ -141,11 +142,12 @@ def _prepare_once(
 ) -> None:
     sm = device_sm(device.type, device.index)
     call = RouterGemmCall(device.type, sm, None, num_experts, hidden_size, dtype, dtype)
-    installed = {name: kernels.missing(name, sm) for name in RULES}
+    names = considered(requested)
+    installed = {name: kernels.missing(name, sm) for name in names}
     backend, refusal = select_backend(call, requested, installed)
     if backend is not None:
         kernels.load(backend, device, num_experts, hidden_size)
-    loaded = {name: kernels.unavailable(name, device, num_experts, hidden_size) for name in RULES}
+    loaded = {name: kernels.unavailable(name, device, num_experts, hidden_size) for name in names}
     refusal = refusal or select_backend(call, requested, loaded).refusal
     if refusal is not None and refusal.condition == "unavailable":
         _warn_once(requested, refusal)

@@ -60,6 +60,8 @@ AUTO: tuple[Auto, ...] = (
 )
 # fmt: on
 
+_AUTO_BACKENDS = tuple(dict.fromkeys(auto.backend for auto in AUTO))
+
 # Where a kernel of this project was timed; elsewhere it can be forced, and doctor says so.
 MEASURED_SMS: Mapping[str, tuple[int, ...]] = {"cluster": (90,)}
 
@@ -127,6 +129,17 @@ def refuse(backend: str, call: RouterGemmCall, unavailable: str | None) -> Refus
     return None
 
 
+def considered(requested: str) -> tuple[str, ...]:
+    """The backends that `select_backend` may choose from; of no other it asks the availability.
+
+    Args:
+        requested: what the user asked for, one of `BACKENDS`.
+    """
+    if requested == "auto":
+        return _AUTO_BACKENDS
+    return (requested,) if requested in RULES else ()
+
+
 def select_backend(
     call: RouterGemmCall, requested: str, unavailable: Mapping[str, str | None]
 ) -> Decision:
@@ -134,8 +147,8 @@ def select_backend(
 
     Args:
         requested: what the user asked for, one of `BACKENDS`.
-        unavailable: for each row of `RULES` why its kernel cannot be called on this
-            call's device, None if it can.
+        unavailable: for each backend that is `considered` why its kernel cannot be called
+            on this call's device, None if it can.
     """
     if requested == "off":
         return Decision(None, Refusal("off", "switched off"))
