@@ -48,10 +48,10 @@ def test_random_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     served = 0
     run_cluster = kernels.run_cluster
 
-    def counted(*arguments: object) -> None:
+    def counted(*arguments: torch.Tensor, pdl: bool) -> None:
         nonlocal served
         served += 1
-        run_cluster(*arguments)
+        run_cluster(*arguments, pdl=pdl)
 
     monkeypatch.setattr(kernels, "run_cluster", counted)
 
