@@ -44,7 +44,7 @@ _TESTS = "test/srt"
 _TESTS_THERE = "test/srt/router_gemm"
 _TEST_FILES = ("conftest", *(f"test_router_gemm_{name}" for name in ("environ", "gate", "gpu")))
 _TEST_FILES += ("test_router_gemm_ops", "test_router_gemm_policy", "test_router_gemm_jit")
-_TEST_FILES += ("test_router_gemm_cluster_gpu",)
+_TEST_FILES += ("test_router_gemm_cluster_gpu", "test_router_gemm_pdl_gpu")
 _BENCHMARK = "benchmark/kernels/deepseek"
 
 # What tests and benchmark share lies in this package here, and in `sglang.test` there.

@@ -48,13 +48,6 @@ def _run_sgl_kernel(
     return kernels.run_sgl_kernel(hidden_states, weight)
 
 
-RUNS: dict[str, Run] = {
-    "cluster": _run_cluster,
-    "flashinfer": _run_flashinfer,
-    "sgl_kernel": _run_sgl_kernel,
-}
-
-
 def _load(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", backend)
     monkeypatch.setenv("TRTLLM_ENABLE_PDL", "1")
@@ -132,10 +125,12 @@ def test_cluster(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _mismatches(_run_cluster, num_tokens, REPLAYS) == 0
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "sgl_kernel"])
-def test_the_other_backends(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "run"), [("flashinfer", _run_flashinfer), ("sgl_kernel", _run_sgl_kernel)]
+)
+def test_the_other_backends(backend: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _load(backend, monkeypatch)
-    assert _mismatches(RUNS[backend], 16, REPLAYS) == 0
+    assert _mismatches(run, 16, REPLAYS) == 0
 
 
 def test_weights_that_are_overwritten_between_replays(monkeypatch: pytest.MonkeyPatch) -> None:
