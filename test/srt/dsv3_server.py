@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -27,6 +28,35 @@ from sglang_router_gemm.doctor import installed_versions
 VOCAB_SIZE = 8192
 STARTUP_TIMEOUT_S = 420
 REQUEST_TIMEOUT_S = 120
+
+
+def argument_parser(description: str, backend: str, num_layers: int) -> argparse.ArgumentParser:
+    """The options that every script has, with its own defaults.
+
+    Args:
+        description: the script's docstring, of which the first line is shown.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("results"))
+    parser.add_argument("--backend", default=backend, help="compared with off")
+    parser.add_argument("--num-layers", type=int, default=num_layers, help="dense ones come first")
+    parser.add_argument("--port", type=int, default=30000)
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses, ends with exit 2 where there is no GPU, and makes the output folder."""
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: SGLang's server needs a GPU")
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def graph_options(batch_sizes: Sequence[int]) -> list[str]:
+    """Captures these batch sizes, in ascending order, and serves no larger one."""
+    sizes = list(map(str, batch_sizes))
+    return ["--cuda-graph-bs", *sizes, "--max-running-requests", sizes[-1]]
 
 
 def deepseek_v3_config(num_layers: int) -> dict[str, Any]:

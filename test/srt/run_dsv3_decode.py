@@ -17,7 +17,6 @@ not taken.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -26,8 +25,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from dsv3_server import Server, deepseek_v3_config, environment, prompts, side_by_side
+from dsv3_server import (
+    Server,
+    argument_parser,
+    deepseek_v3_config,
+    environment,
+    graph_options,
+    parse_arguments,
+    prompts,
+    side_by_side,
+)
 from tabulate import tabulate
 
 BATCH_SIZES = (1, 8, 16, 32, 64)
@@ -123,21 +130,13 @@ def write(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("results"))
-    parser.add_argument("--backend", default="auto", help="compared with off")
-    parser.add_argument("--num-layers", type=int, default=20, help="the first one is dense")
+    parser = argument_parser(__doc__, backend="auto", num_layers=20)
     parser.add_argument("--moe-intermediate-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--port", type=int, default=30000)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: SGLang's server needs a GPU")
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    arguments = parse_arguments(parser)
     config = deepseek_v3_config(arguments.num_layers)
     config["moe_intermediate_size"] = arguments.moe_intermediate_size
-    extra = ["--cuda-graph-bs", *map(str, BATCH_SIZES)]
-    extra += ["--max-running-requests", str(BATCH_SIZES[-1])]
+    extra = graph_options(BATCH_SIZES)
     backends = (arguments.backend, "off")
     with side_by_side(config, backends, arguments.output_dir, arguments.port, extra) as servers:
         where, text = environment(), ""

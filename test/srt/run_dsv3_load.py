@@ -15,7 +15,6 @@ longer answers, or the GPU's memory grows when the heaviest part is served once 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
@@ -25,11 +24,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from dsv3_server import Server, deepseek_v3_config, environment, prompts, side_by_side
+from dsv3_server import (
+    Server,
+    argument_parser,
+    deepseek_v3_config,
+    environment,
+    graph_options,
+    parse_arguments,
+    prompts,
+    side_by_side,
+)
 from tabulate import tabulate
 
 CLIENTS = {1: 100, 4: 300, 16: 600, 64: 1000}  # clients: requests
@@ -164,17 +170,9 @@ def report(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("results"))
-    parser.add_argument("--backend", default="auto", help="compared with off")
-    parser.add_argument("--num-layers", type=int, default=5, help="the first one is dense")
-    parser.add_argument("--port", type=int, default=30000)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: SGLang's server needs a GPU")
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    extra = ["--cuda-graph-bs", *map(str, CAPTURED_BATCH_SIZES)]
-    extra += ["--max-running-requests", str(CAPTURED_BATCH_SIZES[-1])]
+    parser = argument_parser(__doc__, backend="auto", num_layers=5)
+    arguments = parse_arguments(parser)
+    extra = graph_options(CAPTURED_BATCH_SIZES)
     passes = [Pass(arguments.backend), Pass("off"), Pass("off")]
     config = deepseek_v3_config(arguments.num_layers)
     backends = (arguments.backend, "off")

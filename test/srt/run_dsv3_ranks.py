@@ -17,7 +17,6 @@ Writes `dsv3_ranks.json` and `dsv3_ranks.md`; exits with 1 where one of these do
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -29,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsv3_server import Server, deepseek_v3_config, environment, prompts, running
+from dsv3_server import (
+    Server,
+    argument_parser,
+    deepseek_v3_config,
+    environment,
+    parse_arguments,
+    prompts,
+    running,
+)
 from tabulate import tabulate
 
 from sglang.srt.utils.router_gemm import jit
@@ -116,17 +123,12 @@ def same_bits(ranks: Mapping[str, list[dict[str, torch.Tensor]]]) -> tuple[int, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("results"))
+    parser = argument_parser(__doc__, backend="cluster", num_layers=6)
     parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--backend", default="cluster")
-    parser.add_argument("--num-layers", type=int, default=6, help="the first three are dense")
     parser.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8")
-    parser.add_argument("--port", type=int, default=30000)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
     if torch.cuda.device_count() < arguments.tp:
         parser.error(f"--tp {arguments.tp}: there are {torch.cuda.device_count()} CUDA devices")
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     batch = prompts(PROMPTS, seed=0)
     extra = ["--tp", str(arguments.tp), "--mem-fraction-static", "0.85"]
     graphs = [*extra, "--cuda-graph-bs", "1", "8", "16", "32"]

@@ -15,7 +15,6 @@ patch was not taken.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import re
@@ -31,7 +30,16 @@ from typing import Any
 
 import requests
 import torch
-from dsv3_server import Server, deepseek_v3_config, environment, prompts, running
+from dsv3_server import (
+    Server,
+    argument_parser,
+    deepseek_v3_config,
+    environment,
+    graph_options,
+    parse_arguments,
+    prompts,
+    running,
+)
 from tabulate import tabulate
 
 from sglang_router_gemm.routing import agreement, grouped_topk
@@ -233,18 +241,10 @@ def report(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("results"))
-    parser.add_argument("--backend", default="flashinfer", help="compared with off")
-    parser.add_argument("--num-layers", type=int, default=5, help="the first one is dense")
-    parser.add_argument("--port", type=int, default=30000)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: SGLang's server needs a GPU")
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    parser = argument_parser(__doc__, backend="flashinfer", num_layers=5)
+    arguments = parse_arguments(parser)
     config = deepseek_v3_config(arguments.num_layers)
-    graph_sizes = ["--cuda-graph-bs", *map(str, CAPTURED_BATCH_SIZES)]
-    graph_sizes += ["--max-running-requests", str(CAPTURED_BATCH_SIZES[-1])]
+    graph_sizes = graph_options(CAPTURED_BATCH_SIZES)
     servings, dumps, command = [], [], ""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
