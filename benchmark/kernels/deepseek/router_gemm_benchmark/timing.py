@@ -1,9 +1,10 @@
 """Microseconds of a router GEMM, from replays of CUDA graphs of `LINKS` calls each.
 
 One sample is one replay between two events. All graphs of a mode are replayed in turn,
-round after round, so that a drifting clock hits every provider alike. A kernel that only
-waits runs ahead of each sample, so that the host has enqueued the whole graph before the
-first event fires and no launch gap is measured.
+round after round, so that a drifting clock hits every provider alike, and in another order
+each round, so that none always runs in the wake of the same other. A kernel that only waits
+runs ahead of each sample, so that the host has enqueued the whole graph before the first
+event fires and no launch gap is measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import multiprocessing
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -311,8 +313,9 @@ class _ModeRun:
         cycles = int(cycles_per_us * (50 + 2 * self.host_us))
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]
         events = {name: [(_event(), _event()) for _ in range(rounds)] for name in self.graphs}
+        order = random.Random(self.num_tokens)
         for each in range(rounds):
-            for name, graph in self.graphs.items():
+            for name, graph in order.sample(list(self.graphs.items()), len(self.graphs)):
                 start, end = events[name][each]
                 torch.cuda._sleep(cycles)
                 start.record()

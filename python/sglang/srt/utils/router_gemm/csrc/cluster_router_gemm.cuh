@@ -28,8 +28,8 @@ constexpr int kRanks = 8;  // CTAs of a cluster, the most that is portable
 
 // ---- PTX -------------------------------------------------------------------------------------
 
-// Relaxed, not weak: ptxas keeps the order in which these loads are written, and L1, where an older
-// copy of a line may lie, is passed by.
+// Loads of 16 bytes. Relaxed, not weak: ptxas keeps the order in which they are written, and L1,
+// where an older copy of a line may lie, is passed by.
 __device__ __forceinline__ uint4 load_global(const __nv_bfloat16* from) {
   uint4 value;
   asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -39,10 +39,49 @@ __device__ __forceinline__ uint4 load_global(const __nv_bfloat16* from) {
   return value;
 }
 
-// A barrier that the cluster sees, for one phase that ends with the last of `bytes`.
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t bytes) {
+// The same for what is read once: the first of L2 to go, and kBytes come from memory at once.
+template <int kBytes>
+__device__ __forceinline__ uint4 load_once(const __nv_bfloat16* from, uint64_t evict_first) {
+  static_assert(kBytes == 128 || kBytes == 256, "what L2 can be told to fetch");
+  uint4 value;
+  if constexpr (kBytes == 256) {
+    asm volatile(
+        "ld.relaxed.gpu.global.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 "
+        "{%0,%1,%2,%3}, [%4], %5;"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(from), "l"(evict_first)
+        : "memory");
+  } else {
+    asm volatile(
+        "ld.relaxed.gpu.global.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 "
+        "{%0,%1,%2,%3}, [%4], %5;"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(from), "l"(evict_first)
+        : "memory");
+  }
+  return value;
+}
+
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void spin(unsigned cycles) {
+  const unsigned start = clock();
+  while (clock() - start < cycles) {
+  }
+}
+
+// A barrier that the cluster sees, for one phase.
+__device__ __forceinline__ void barrier_init(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// The phase ends with the last of `bytes`, some of which may have come before.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
@@ -102,6 +141,10 @@ __device__ __forceinline__ void mma(
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ float sum_of(const float (&chains)[4][4], int i) {
+  return (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
+}
+
 // Adds in pairs, then pairs of pairs: the same tree for every M.
 template <int kCount>
 __device__ __forceinline__ float4 tree_sum(float4 (&values)[kCount]) {
@@ -134,6 +177,7 @@ struct Shape {
   static constexpr int kChunk = kHiddenSize % 1024 ? 64 : 128;  // K of a warp
   static constexpr int kWarps = kSlice / kChunk, kThreads = 32 * kWarps;
   static constexpr int kLoads = kChunk / 32;  // a lane's, 16 bytes each, of a row of the chunk
+  static constexpr int kRun = kTokens == 8 ? kLoads : 2;  // of them one after another
   static constexpr int kExpertTiles = kExperts / 8, kTokenTiles = kTokens / 8;  // of 8 rows
   static constexpr int kQuads = kExperts / 4;  // threads that sum up a token, four experts each
 
@@ -161,41 +205,39 @@ using Tokens = uint4[S::kTokenTiles][S::kLoads];
 
 // Multiplies a warp's chunk and stores the sums, [token][expert], at `sums` of shared memory. The
 // tokens are B where 8 are enough, which halves the work, and A where there are 16. A dot product
-// is the same either way, to the bit. Two chains of sums, for half the latency.
+// is the same either way, to the bit. Four chains of sums, for a quarter of the latency.
 template <typename S>
 __device__ __forceinline__ void multiply(
     const Weights<S>& weights, const Tokens<S>& tokens, uint32_t sums) {
   const unsigned lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4 * 2;
   if constexpr (S::kTokens == 8) {
-    float even[S::kExpertTiles / 2][4] = {}, odd[S::kExpertTiles / 2][4] = {};
-#pragma unroll
-    for (int i = 0; i < S::kLoads; ++i) {
-      const uint4& b = tokens[0][i];
-#pragma unroll
-      for (int m = 0; m < S::kExpertTiles / 2; ++m) {
-        const uint4 &low = weights[2 * m][i], &high = weights[2 * m + 1][i];
-        mma(even[m], low.x, high.x, low.y, high.y, b.x, b.y);
-        mma(odd[m], low.z, high.z, low.w, high.w, b.z, b.w);
-      }
-    }
 #pragma unroll
     for (int m = 0; m < S::kExpertTiles / 2; ++m) {
+      float chains[4][4] = {};
+#pragma unroll
+      for (int i = 0; i < S::kLoads; ++i) {
+        const uint4 &low = weights[2 * m][i], &high = weights[2 * m + 1][i], &b = tokens[0][i];
+        const int chain = i * 2 / S::kLoads * 2;
+        mma(chains[chain], low.x, high.x, low.y, high.y, b.x, b.y);
+        mma(chains[chain + 1], low.z, high.z, low.w, high.w, b.z, b.w);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const unsigned token = pair + i % 2, expert = m * 16 + i / 2 * 8 + row;
-        store_shared(sums + token * S::kSumBytes + expert * 4, even[m][i] + odd[m][i]);
+        store_shared(sums + token * S::kSumBytes + expert * 4, sum_of(chains, i));
       }
     }
   } else {
-    float even[S::kExpertTiles][4] = {}, odd[S::kExpertTiles][4] = {};
+    float chains[S::kExpertTiles][4][4] = {};
 #pragma unroll
     for (int i = 0; i < S::kLoads; ++i) {
       const uint4 &low = tokens[0][i], &high = tokens[1][i];
+      const int chain = i * 2 / S::kLoads * 2;
 #pragma unroll
       for (int n = 0; n < S::kExpertTiles; ++n) {
         const uint4& b = weights[n][i];
-        mma(even[n], low.x, high.x, low.y, high.y, b.x, b.y);
-        mma(odd[n], low.z, high.z, low.w, high.w, b.z, b.w);
+        mma(chains[n][chain], low.x, high.x, low.y, high.y, b.x, b.y);
+        mma(chains[n][chain + 1], low.z, high.z, low.w, high.w, b.z, b.w);
       }
     }
 #pragma unroll
@@ -205,8 +247,8 @@ __device__ __forceinline__ void multiply(
         const unsigned token = i / 2 * 8 + row, expert = n * 8 + pair;
         store_shared(
             sums + token * S::kSumBytes + expert * 4,
-            even[n][i] + odd[n][i],
-            even[n][i + 1] + odd[n][i + 1]);
+            sum_of(chains[n], i),
+            sum_of(chains[n], i + 1));
       }
     }
   }
@@ -228,13 +270,15 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
 
   Weights<S> weights;
   Tokens<S> tokens;
+  const uint64_t evict_first = evict_first_policy();
+  constexpr int kWeightLoads = S::kExpertTiles * S::kLoads;
   const auto load_weights = [&](int from, int to) {
 #pragma unroll
-    for (int i = from; i < to; ++i) {
-#pragma unroll
-      for (int tile = 0; tile < S::kExpertTiles; ++tile) {
-        weights[tile][i] = load_global(weight_at + tile * 8 * S::kHiddenSize + i * 32);
-      }
+    for (int j = from; j < to; ++j) {
+      const int tile = j / S::kRun % S::kExpertTiles;
+      const int i = j / (S::kRun * S::kExpertTiles) * S::kRun + j % S::kRun;
+      weights[tile][i] = load_once<S::kRun * 64>(
+          weight_at + (tile * 8 * S::kHiddenSize + i * 32), evict_first);
     }
   };
   const auto load_tokens = [&](unsigned pass) {
@@ -253,19 +297,24 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   asm volatile("griddepcontrol.wait;" ::: "memory");
   // Half of the weights, which come from afar, then the tokens, which come from L2: behind all of
   // the weights they would wait for the load unit.
-  load_weights(0, S::kLoads / 2);
+  load_weights(0, kWeightLoads / 2);
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const unsigned owned = (num_tokens + kRanks - 1 - rank) / kRanks;  // tokens of this CTA
   if (thread == 0) {
-    barrier_init(base + S::kBarrier, owned * S::kSlot);
+    barrier_init(base + S::kBarrier);
   }
   __syncwarp();
-  // A push needs the barrier of its target: hence the cluster's wait below, which the loads hide.
+  // A push needs the barrier of its target: hence the wait below, long since over when it is asked.
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   // The next kernel may be scheduled from here on; it waits for the end of this one by itself.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   load_tokens(0);
-  load_weights(S::kLoads / 2, S::kLoads);
+  // Every warp's tokens before any warp's other half, which can wait: memory is busy as it is. With
+  // many passes that costs more than it gains.
+  if constexpr (!S::kManyPasses) {
+    spin(64);
+  }
+  load_weights(kWeightLoads / 2, kWeightLoads);
 
   const unsigned quad = thread % S::kQuads, thread_token = thread / S::kQuads;
   constexpr unsigned kTokensAtOnce = S::kThreads / S::kQuads;
@@ -273,7 +322,6 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   const uint32_t store_at = base + S::kSums + warp * S::kTokens * S::kSumBytes;
   const uint32_t sums_at = base + S::kSums + thread_token * S::kSumBytes + quad * 16;
   const uint32_t pushed = base + S::kPushed + quad * 16;
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 
   const unsigned passes = S::kManyPasses ? (num_tokens + S::kTokens - 1) / S::kTokens : 1;
 #pragma unroll 1
@@ -297,6 +345,9 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
     }
     multiply<S>(weights, current, store_at + buffer);
     __syncthreads();
+    if (pass == 0) {
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
 #pragma unroll
     for (unsigned i = 0; i < kRounds; ++i) {
       const unsigned token_of_pass = thread_token + i * kTokensAtOnce;
@@ -315,6 +366,9 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
     }
   }
 
+  if (thread == 0) {
+    barrier_expect(base + S::kBarrier, owned * S::kSlot);
+  }
 #pragma unroll 1
   for (unsigned slot = thread_token; slot < owned; slot += kTokensAtOnce) {
     barrier_wait(base + S::kBarrier);
