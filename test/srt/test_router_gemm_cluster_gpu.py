@@ -106,12 +106,28 @@ def test_nan_and_inf_come_out_where_the_reference_has_them(value: float, num_tok
     torch.testing.assert_close(logits[finite], expected[finite], rtol=1e-4, atol=1e-2)
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("row_step", [1, 2])
+def test_no_tokens(row_step: int) -> None:
+    """None of a matrix with gaps between its rows is contiguous too."""
     _load(256, 7168)
-    hidden_states, weight = random_inputs(0, "cuda")
-    logits = cluster_router_gemm(hidden_states, weight)
+    hidden_states, weight = random_inputs(4, "cuda")
+    logits = cluster_router_gemm(hidden_states[::row_step][:0], weight)
     assert logits.shape == (0, 256)
     assert logits.dtype == torch.float32
+
+
+def test_auto_takes_it_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "auto")
+    sm = device_sm("cuda", 0)
+    for num_experts, last in ((256, 128), (384, 16), (128, 0)):
+        weight = torch.randn(num_experts, 7168, dtype=torch.bfloat16, device="cuda")
+        prepare_router_gemm(weight)
+        for num_tokens in (1, 16, 128, 129):
+            hidden_states = random_inputs(num_tokens, "cuda")[0]
+            logits = fast_router_logits(hidden_states, weight)
+            taken = sm == 90 and num_tokens <= last
+            assert not taken or torch.equal(logits, _run(hidden_states, weight))
+            assert sm != 90 or taken or logits is None
 
 
 def test_what_the_kernel_does_not_take_goes_elsewhere() -> None:

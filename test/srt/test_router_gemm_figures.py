@@ -48,8 +48,8 @@ def test_a_wrong_figure_is_stale_and_mended(
 
 def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     servers, benchmarks = tmp_path / "servers", tmp_path / "benchmarks"
-    for folder in (servers, benchmarks):
-        folder.mkdir()
+    for folder in (servers, benchmarks / "cluster"):
+        folder.mkdir(parents=True)
     server = json.loads((SERVERS / "dsv3_server_h100.json").read_text())
     server["environment"]["GPU"] = "NVIDIA B200"
     server["layers"][0]["relative_difference"] = 0.00123
@@ -58,6 +58,8 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     (benchmarks / "b200.json").write_text(json.dumps(run))
     other_shape = run | {"num_experts": 384}
     (benchmarks / "b200_n384_k7168.json").write_text(json.dumps(other_shape))
+    for each in benchmarks.glob("*.json"):
+        shutil.copy(each, benchmarks / "cluster")
     for text in (README, PR):
         shutil.copy(text, tmp_path)
     texts = [tmp_path / README.name, tmp_path / PR.name]
@@ -65,7 +67,7 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     readme, pr = (text.read_text() for text in texts)
     assert readme.count("### NVIDIA B200") == 1  # DeepSeek-V3's shape alone
-    assert "(benchmark/kernels/deepseek/results/b200_chain.png)" in readme
+    assert "(benchmark/kernels/deepseek/results/cluster/b200_chain.png)" in readme
     assert "### NVIDIA H200" not in readme
     assert "| 1.2e-03" in pr
     assert "Measured on: NVIDIA B200." in pr

@@ -334,11 +334,24 @@ def test_one_graph_serves_every_m(
     assert len(traced.graphs) <= 2
 
 
-def test_auto_on_hopper_is_sglangs_own_forward(on_gpu: Callable[[int], None]) -> None:
+def test_auto_on_hopper_takes_cluster(
+    on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(90)
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8)
+    assert traced.takes(torch.ops.sglang.cluster_router_gemm)
+
+
+def test_auto_on_hopper_without_the_kernel_is_sglangs_own_forward(
+    on_gpu: Callable[[int], None],
+) -> None:
     on_gpu(90)
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
     assert not traced.takes_the_op
+    assert not traced.takes(torch.ops.sglang.cluster_router_gemm)
 
 
 @pytest.mark.parametrize("build", [sglang_gate, build_deepseek_v2_gate])

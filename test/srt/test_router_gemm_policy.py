@@ -27,12 +27,12 @@ def test_auto_takes_flashinfer_on_blackwell(sm: int, num_tokens: int | None) -> 
     assert select_backend(call, "auto", READY) == ("flashinfer", None)
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90, 101, 110, 120])
+@pytest.mark.parametrize("sm", [80, 89, 101, 110, 120])
 def test_auto_leaves_other_gpus_to_sglang(sm: int) -> None:
     backend, refusal = select_backend(BLACKWELL._replace(sm=sm), "auto", READY)
     assert backend is None
     assert refusal is not None
-    assert refusal.reason == "auto takes flashinfer on SM 100 or 103 only"
+    assert refusal.reason == "auto takes cluster on SM 90, flashinfer on SM 100 or 103 only"
 
 
 @pytest.mark.parametrize("sm", [90, 100, 103, 120])
@@ -145,7 +145,7 @@ def test_torch_serves_every_16_bit_matrix(device_type: str, num_tokens: int) -> 
 def test_the_availability_of_no_other_backend_is_asked(
     call: RouterGemmCall, requested: str
 ) -> None:
-    known = dict.fromkeys(considered(requested))
+    known = dict.fromkeys(considered(requested, call.sm))
     assert select_backend(call, requested, known) == select_backend(call, requested, READY)
     for name in known:
         gone = known | {name: "not installed"}
@@ -210,9 +210,41 @@ def test_cluster_refuses(change: dict[str, object], condition: str | None, reaso
         assert refusal == (condition, reason)
 
 
-@pytest.mark.parametrize("call", [HOPPER, KIMI, BLACKWELL._replace(sm=120)])
-def test_auto_does_not_take_cluster(call: RouterGemmCall) -> None:
-    assert select_backend(call, "auto", READY).backend is None
+@pytest.mark.parametrize(
+    ("num_experts", "hidden_size", "last"),
+    [(256, 7168, 128), (384, 7168, 16), (256, 6144, 16), (160, 5120, 16)],
+)
+def test_auto_takes_cluster_on_hopper(num_experts: int, hidden_size: int, last: int) -> None:
+    call = HOPPER._replace(num_experts=num_experts, hidden_size=hidden_size)
+    for num_tokens in (1, last, None):
+        decision = select_backend(call._replace(num_tokens=num_tokens), "auto", READY)
+        assert decision == ("cluster", None)
+    for num_tokens in (0, last + 1):
+        decision = select_backend(call._replace(num_tokens=num_tokens), "auto", READY)
+        assert decision.refusal is not None
+        assert decision.refusal.reason.startswith(f"M is {num_tokens}, ")
+    gone = READY | {"cluster": "apache-tvm-ffi is not installed"}
+    assert select_backend(call, "auto", gone) == (
+        None,
+        ("unavailable", "apache-tvm-ffi is not installed"),
+    )
+
+
+def test_auto_leaves_other_shapes_on_hopper_to_sglang() -> None:
+    assert select_backend(HOPPER._replace(num_experts=128), "auto", READY) == (
+        None,
+        (
+            "auto_shape",
+            "N, K is 128, 7168, auto takes cluster for "
+            "256, 7168 or 384, 7168 or 256, 6144 or 160, 5120",
+        ),
+    )
+
+
+@pytest.mark.parametrize("sm", [100, 103, 120])
+def test_auto_takes_cluster_nowhere_else(sm: int) -> None:
+    assert select_backend(HOPPER._replace(sm=sm), "auto", READY).backend != "cluster"
+    assert select_backend(KIMI._replace(sm=sm), "auto", READY).backend is None
 
 
 @pytest.mark.parametrize(
@@ -227,8 +259,10 @@ def test_auto_stays_within_what_was_measured(change: dict[str, int], condition: 
 
 
 def test_the_ranges_as_text() -> None:
-    served = decisions_by_num_tokens(BLACKWELL, "auto", READY)
-    assert [(tokens, decision.backend) for tokens, decision in served] == [
-        ("1-16", "flashinfer"),
-        ("17+", None),
-    ]
+    for call, first in ((BLACKWELL, "1-16 flashinfer"), (HOPPER, "1-128 cluster")):
+        served = decisions_by_num_tokens(call, "auto", READY)
+        tokens, backend = first.split()
+        assert [(served.tokens, served.decision.backend) for served in served] == [
+            (tokens, backend),
+            (f"{int(tokens[2:]) + 1}+", None),
+        ]

@@ -95,7 +95,7 @@ def fast_router_logits(
     call = describe_call(hidden_states, weight, forward_batch)
     unavailable = {
         name: kernels.unavailable(name, hidden_states.device, call.num_experts, call.hidden_size)
-        for name in considered(requested)
+        for name in considered(requested, call.sm)
     }
     backend, refusal = select_backend(call, requested, unavailable)
     if refusal is not None and requested in RULES and not torch.compiler.is_compiling():
@@ -142,7 +142,7 @@ def _prepare_once(
 ) -> None:
     sm = device_sm(device.type, device.index)
     call = RouterGemmCall(device.type, sm, None, num_experts, hidden_size, dtype, dtype)
-    names = considered(requested)
+    names = considered(requested, sm)
     installed = {name: kernels.missing(name, sm) for name in names}
     backend, refusal = select_backend(call, requested, installed)
     if backend is not None:

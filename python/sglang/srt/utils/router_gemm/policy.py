@@ -52,15 +52,16 @@ class Auto(NamedTuple):
     num_tokens: range
 
 
-# On every other GPU `auto` leaves SGLang's own forward alone. That includes SM 90: `cluster` is
-# the faster one on an H100 from M = 2 on, and not yet measured on an H200 (docs/kernel.md).
+# On every other GPU, and for every other shape, `auto` leaves SGLang's own forward alone.
 AUTO: tuple[Auto, ...] = (
+    # docs/kernel.md: faster than every other kernel on an H100 and on an H200. N = 128 is not here:
+    # at M = 1 SGLang's is 1 % faster.
+    Auto("cluster", (90,), ((256, 7168),), range(1, 129)),
+    Auto("cluster", (90,), ((384, 7168), (256, 6144), (160, 5120)), range(1, 17)),
     # SGLang PRs 17707 (SM 100) and 23285 (SM 103).
     Auto("flashinfer", (100, 103), ((256, 7168),), range(1, 17)),
 )
 # fmt: on
-
-_AUTO_BACKENDS = tuple(dict.fromkeys(auto.backend for auto in AUTO))
 
 # Where a kernel of this project was timed; elsewhere it can be forced, and doctor says so.
 MEASURED_SMS: Mapping[str, tuple[int, ...]] = {"cluster": (90,)}
@@ -129,14 +130,15 @@ def refuse(backend: str, call: RouterGemmCall, unavailable: str | None) -> Refus
     return None
 
 
-def considered(requested: str) -> tuple[str, ...]:
+def considered(requested: str, sm: int | None) -> tuple[str, ...]:
     """The backends that `select_backend` may choose from; of no other it asks the availability.
 
     Args:
         requested: what the user asked for, one of `BACKENDS`.
+        sm: the device's compute capability, as in `RouterGemmCall`.
     """
     if requested == "auto":
-        return _AUTO_BACKENDS
+        return tuple(dict.fromkeys(auto.backend for auto in AUTO if sm in auto.sms))
     return (requested,) if requested in RULES else ()
 
 
@@ -159,30 +161,40 @@ def select_backend(
 
 
 def _select_auto(call: RouterGemmCall, unavailable: Mapping[str, str | None]) -> Decision:
-    here = [auto for auto in AUTO if call.device_type != "cuda" or call.sm in auto.sms]
-    if not here:
-        takes = ", ".join(f"{auto.backend} on SM {_or(auto.sms)}" for auto in AUTO)
+    if call.device_type != "cuda":
+        return Decision(None, Refusal("device", f"device is {call.device_type}, must be cuda"))
+    on_sm = [auto for auto in AUTO if call.sm in auto.sms]
+    if not on_sm:
+        takes = ", ".join(dict.fromkeys(f"{auto.backend} on SM {_or(auto.sms)}" for auto in AUTO))
         return Decision(None, Refusal("auto_sm", f"auto takes {takes} only"))
-    refusal = None
-    for auto in here:
-        refusal = refuse(auto.backend, call, unavailable[auto.backend])
-        if refusal is None:
-            refusal = _not_measured(auto, call)
+    shape = (call.num_experts, call.hidden_size)
+    # The rows of this shape; without one, all of them, to say what does not fit.
+    rows = [auto for auto in on_sm if shape in auto.shapes] or on_sm
+    refusals = []
+    for auto in rows:
+        refusal = _refuse_auto(auto, call, unavailable)
         if refusal is None:
             return Decision(auto.backend)
-    return Decision(None, refusal)
+        refusals.append(refusal)
+    return Decision(None, refusals[0])
 
 
-def _not_measured(auto: Auto, call: RouterGemmCall) -> Refusal | None:
+def _refuse_auto(
+    auto: Auto, call: RouterGemmCall, unavailable: Mapping[str, str | None]
+) -> Refusal | None:
+    refusal = refuse(auto.backend, call, unavailable[auto.backend])
+    if refusal is not None:
+        return refusal
     shape = (call.num_experts, call.hidden_size)
     if shape not in auto.shapes:
-        found = f"N, K is {shape[0]}, {shape[1]}"
-        shapes = _or([f"{n}, {k}" for n, k in auto.shapes])
-        return Refusal("auto_shape", f"{found}, auto takes {auto.backend} for {shapes}")
+        of_sm = [each for each in AUTO if call.sm in each.sms and each.backend == auto.backend]
+        shapes = _or([f"{n}, {k}" for each in of_sm for n, k in each.shapes])
+        reason = f"N, K is {shape[0]}, {shape[1]}, auto takes {auto.backend} for {shapes}"
+        return Refusal("auto_shape", reason)
     if not _allows(auto.num_tokens, call.num_tokens):
         must = _or(auto.num_tokens)
-        found = f"M is {call.num_tokens}"
-        return Refusal("auto_num_tokens", f"{found}, auto takes {auto.backend} for {must}")
+        reason = f"M is {call.num_tokens}, auto takes {auto.backend} for {must}"
+        return Refusal("auto_num_tokens", reason)
     return None
 
 

@@ -39,7 +39,8 @@ void check_matrix(const TensorView& matrix, const char* argument, DLDataType dty
   check(matrix.device().device_type == kDLCUDA, argument, "on a CUDA device");
   check(matrix.ndim() == 2, argument, "a matrix");
   check(matrix.dtype() == dtype, argument, dtype.code == kDLBfloat ? "bfloat16" : "float32");
-  check(matrix.IsContiguous(), argument, "contiguous");
+  // As in PyTorch, a matrix without elements is contiguous whatever its strides are.
+  check(matrix.numel() == 0 || matrix.IsContiguous(), argument, "contiguous");
   check(reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0, argument, "16-byte aligned");
 }
 
