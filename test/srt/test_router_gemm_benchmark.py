@@ -299,6 +299,15 @@ def test_bytes_and_floor() -> None:
     assert found.times_floor == pytest.approx(2.5 / 1.3053, abs=1e-3)
 
 
+def test_no_graph_always_follows_the_same_other() -> None:
+    names = ["", "a", "b", "c", "d"]
+    orders = timing.replay_orders(names, 50, seed=8)
+    assert all(sorted(order) == names for order in orders)
+    ahead_of_c = {order[order.index("c") - 1] for order in orders if order[0] != "c"}
+    assert ahead_of_c == set(names) - {"c"}
+    assert timing.replay_orders(names, 50, seed=8) == orders
+
+
 def test_quartiles() -> None:
     assert timing.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
     assert timing.quartiles([1.0, 2.0]) == (1.25, 1.5, 1.75)

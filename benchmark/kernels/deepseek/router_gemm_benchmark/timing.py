@@ -102,6 +102,12 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def replay_orders(names: Sequence[str], rounds: int, seed: int) -> list[list[str]]:
+    """In which order the graphs of each round are replayed: all of them, shuffled anew."""
+    shuffle = random.Random(seed)
+    return [shuffle.sample(names, len(names)) for _ in range(rounds)]
+
+
 def per_link(samples: Sequence[float], producer: Sequence[float] | None) -> list[float]:
     """µs of one call: the graph's, less the producer's median where there is one, / LINKS."""
     producer_median = quartiles(producer)[1] if producer else 0.0
@@ -313,13 +319,12 @@ class _ModeRun:
         cycles = int(cycles_per_us * (50 + 2 * self.host_us))
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]
         events = {name: [(_event(), _event()) for _ in range(rounds)] for name in self.graphs}
-        order = random.Random(self.num_tokens)
-        for each in range(rounds):
-            for name, graph in order.sample(list(self.graphs.items()), len(self.graphs)):
+        for each, order in enumerate(replay_orders(list(self.graphs), rounds, self.num_tokens)):
+            for name in order:
                 start, end = events[name][each]
                 torch.cuda._sleep(cycles)
                 start.record()
-                graph.replay()
+                self.graphs[name].replay()
                 end.record()
         torch.cuda.synchronize()
         return {
