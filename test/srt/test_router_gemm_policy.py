@@ -262,7 +262,7 @@ def test_the_ranges_as_text() -> None:
     for call, first in ((BLACKWELL, "1-16 flashinfer"), (HOPPER, "1-128 cluster")):
         served = decisions_by_num_tokens(call, "auto", READY)
         tokens, backend = first.split()
-        assert [(served.tokens, served.decision.backend) for served in served] == [
+        assert [(each.tokens, each.decision.backend) for each in served] == [
             (tokens, backend),
             (f"{int(tokens[2:]) + 1}+", None),
         ]

@@ -63,6 +63,11 @@ AUTO: tuple[Auto, ...] = (
 )
 # fmt: on
 
+_SMS = {sm for auto in AUTO for sm in auto.sms}
+_AUTO_ON_SM: Mapping[int | None, tuple[Auto, ...]] = {
+    sm: tuple(auto for auto in AUTO if sm in auto.sms) for sm in _SMS
+}
+
 # Where a kernel of this project was timed; elsewhere it can be forced, and doctor says so.
 MEASURED_SMS: Mapping[str, tuple[int, ...]] = {"cluster": (90,)}
 
@@ -138,7 +143,7 @@ def considered(requested: str, sm: int | None) -> tuple[str, ...]:
         sm: the device's compute capability, as in `RouterGemmCall`.
     """
     if requested == "auto":
-        return tuple(dict.fromkeys(auto.backend for auto in AUTO if sm in auto.sms))
+        return tuple(dict.fromkeys(auto.backend for auto in _AUTO_ON_SM.get(sm, ())))
     return (requested,) if requested in RULES else ()
 
 
@@ -162,14 +167,15 @@ def select_backend(
 
 def _select_auto(call: RouterGemmCall, unavailable: Mapping[str, str | None]) -> Decision:
     if call.device_type != "cuda":
-        return Decision(None, Refusal("device", f"device is {call.device_type}, must be cuda"))
-    on_sm = [auto for auto in AUTO if call.sm in auto.sms]
+        # No row is for another device, which the rule of any of them says.
+        return Decision(None, refuse(AUTO[0].backend, call, None))
+    on_sm = _AUTO_ON_SM.get(call.sm, ())
     if not on_sm:
         takes = ", ".join(dict.fromkeys(f"{auto.backend} on SM {_or(auto.sms)}" for auto in AUTO))
         return Decision(None, Refusal("auto_sm", f"auto takes {takes} only"))
     shape = (call.num_experts, call.hidden_size)
     # The rows of this shape; without one, all of them, to say what does not fit.
-    rows = [auto for auto in on_sm if shape in auto.shapes] or on_sm
+    rows = tuple(auto for auto in on_sm if shape in auto.shapes) or on_sm
     refusals = []
     for auto in rows:
         refusal = _refuse_auto(auto, call, unavailable)
@@ -187,8 +193,8 @@ def _refuse_auto(
         return refusal
     shape = (call.num_experts, call.hidden_size)
     if shape not in auto.shapes:
-        of_sm = [each for each in AUTO if call.sm in each.sms and each.backend == auto.backend]
-        shapes = _or([f"{n}, {k}" for each in of_sm for n, k in each.shapes])
+        of_backend = [each for each in _AUTO_ON_SM[call.sm] if each.backend == auto.backend]
+        shapes = _or([f"{n}, {k}" for each in of_backend for n, k in each.shapes])
         reason = f"N, K is {shape[0]}, {shape[1]}, auto takes {auto.backend} for {shapes}"
         return Refusal("auto_shape", reason)
     if not _allows(auto.num_tokens, call.num_tokens):
