@@ -32,6 +32,7 @@ MODELS = (
     ("Kimi-K2", 384, 7168),
     ("Mistral Large 3", 128, 7168),
     ("GLM-5", 256, 6144),
+    ("DeepSeek-V2", 160, 5120),
 )
 
 PACKAGES = (

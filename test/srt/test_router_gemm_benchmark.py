@@ -308,6 +308,37 @@ def test_no_graph_always_follows_the_same_other() -> None:
     assert timing.replay_orders(names, 50, seed=8) == orders
 
 
+@pytest.mark.parametrize("mode", timing.MODES)
+def test_no_weight_is_in_l2_when_a_sample_starts_but_in_warm(
+    mode: timing.Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1.0
+
+    class Logged:
+        def replay(self) -> None:
+            done.append("replay")
+
+        def empty_l2(self) -> None:
+            done.append("empty L2")
+
+    run = object.__new__(timing._ModeRun)
+    run.__dict__ |= {"bench": Logged(), "num_tokens": 1, "mode": mode, "host_us": 0.0}
+    run.graphs = {"a": Logged(), "b": Logged()}  # type: ignore[dict-item]
+    monkeypatch.setattr(timing, "_event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run.replay(rounds=2, cycles_per_us=1.0)
+    sample = ["wait", "event", "replay", "event"]
+    assert done == 4 * (sample if mode.name == "warm" else ["empty L2", *sample])
+
+
 def test_quartiles() -> None:
     assert timing.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
     assert timing.quartiles([1.0, 2.0]) == (1.25, 1.5, 1.75)
@@ -366,6 +397,7 @@ def on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(timing, "_event", _Event)
     monkeypatch.setattr(timing, "_cycles_per_us", lambda: 1.0)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 3000.0)
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 1024)
     monkeypatch.setattr(timing, "load_producer", lambda hidden_size: (_norm, "a stand-in"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)

@@ -119,13 +119,14 @@ def test_no_tokens(row_step: int) -> None:
 def test_auto_takes_it_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "auto")
     sm = device_sm("cuda", 0)
-    for num_experts, last in ((256, 128), (384, 16), (128, 0)):
+    served = {256: range(1, 129), 384: range(1, 17), 128: range(4, 17), 64: range(0)}
+    for num_experts, num_tokens_served in served.items():
         weight = torch.randn(num_experts, 7168, dtype=torch.bfloat16, device="cuda")
         prepare_router_gemm(weight)
-        for num_tokens in (1, 16, 128, 129):
+        for num_tokens in (1, 3, 4, 16, 128, 129):
             hidden_states = random_inputs(num_tokens, "cuda")[0]
             logits = fast_router_logits(hidden_states, weight)
-            taken = sm == 90 and num_tokens <= last
+            taken = sm == 90 and num_tokens in num_tokens_served
             assert not taken or torch.equal(logits, _run(hidden_states, weight))
             assert sm != 90 or taken or logits is None
 

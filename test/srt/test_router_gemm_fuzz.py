@@ -40,7 +40,7 @@ CALLS = st.builds(
     device_type=_mostly("cuda", other=st.sampled_from(["cpu", "xpu", "meta"])),
     sm=_mostly(90, 100, 103, other=st.one_of(st.none(), st.integers(0, 200))),
     num_tokens=_mostly(1, 8, 16, other=st.one_of(st.none(), st.integers(0, 100_000))),
-    num_experts=_mostly(256, 384, 160, other=_around(1024, step=16)),
+    num_experts=_mostly(256, 384, 160, 128, other=_around(1024, step=16)),
     hidden_size=_mostly(7168, 6144, 5120, other=_around(8192, step=512)),
     hidden_states_dtype=_mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
     weight_dtype=_mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
@@ -80,14 +80,18 @@ def _serves(backend: str, call: RouterGemmCall) -> bool:
 
 def _is_faster(backend: str, call: RouterGemmCall) -> bool:
     """Where README.md says that `auto` takes `backend`, the SM aside."""
-    last = 16
+    first, last = 1, 16
     if backend == "cluster":
         shape = call.num_experts, call.hidden_size
         if shape == (256, 7168):
             last = 128
-        elif shape not in [(384, 7168), (256, 6144), (160, 5120)]:
+        elif shape == (160, 5120):
+            first = 2
+        elif shape == (128, 7168):
+            first = 4
+        elif shape not in [(384, 7168), (256, 6144)]:
             return False
-    return call.num_tokens is None or 1 <= call.num_tokens <= last
+    return call.num_tokens is None or first <= call.num_tokens <= last
 
 
 @settings(max_examples=CASES)

@@ -78,6 +78,7 @@ def test_doctor_json(capsys: pytest.CaptureFixture[str]) -> None:
         ("Kimi-K2", 384, 7168),
         ("Mistral Large 3", 128, 7168),
         ("GLM-5", 256, 6144),
+        ("DeepSeek-V2", 160, 5120),
     ]
     for model in findings["models"]:
         for path in model["paths"]:

@@ -211,32 +211,40 @@ def test_cluster_refuses(change: dict[str, object], condition: str | None, reaso
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "hidden_size", "last"),
-    [(256, 7168, 128), (384, 7168, 16), (256, 6144, 16), (160, 5120, 16)],
+    ("num_experts", "hidden_size", "first", "last"),
+    [
+        (256, 7168, 1, 128),
+        (384, 7168, 1, 16),
+        (256, 6144, 1, 16),
+        (160, 5120, 2, 16),
+        (128, 7168, 4, 16),
+    ],
 )
-def test_auto_takes_cluster_on_hopper(num_experts: int, hidden_size: int, last: int) -> None:
+def test_auto_takes_cluster_on_hopper(
+    num_experts: int, hidden_size: int, first: int, last: int
+) -> None:
     call = HOPPER._replace(num_experts=num_experts, hidden_size=hidden_size)
-    for num_tokens in (1, last, None):
+    for num_tokens in (first, last, None):
         decision = select_backend(call._replace(num_tokens=num_tokens), "auto", READY)
         assert decision == ("cluster", None)
-    for num_tokens in (0, last + 1):
+    for num_tokens in (first - 1, last + 1):
         decision = select_backend(call._replace(num_tokens=num_tokens), "auto", READY)
         assert decision.refusal is not None
         assert decision.refusal.reason.startswith(f"M is {num_tokens}, ")
     gone = READY | {"cluster": "apache-tvm-ffi is not installed"}
-    assert select_backend(call, "auto", gone) == (
+    assert select_backend(call._replace(num_tokens=last), "auto", gone) == (
         None,
         ("unavailable", "apache-tvm-ffi is not installed"),
     )
 
 
 def test_auto_leaves_other_shapes_on_hopper_to_sglang() -> None:
-    assert select_backend(HOPPER._replace(num_experts=128), "auto", READY) == (
+    assert select_backend(HOPPER._replace(num_experts=64), "auto", READY) == (
         None,
         (
             "auto_shape",
-            "N, K is 128, 7168, auto takes cluster for "
-            "256, 7168 or 384, 7168 or 256, 6144 or 160, 5120",
+            "N, K is 64, 7168, auto takes cluster for "
+            "256, 7168 or 384, 7168 or 256, 6144 or 160, 5120 or 128, 7168",
         ),
     )
 
