@@ -85,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         return export.run(arguments.checkout, check=arguments.check, diff=arguments.diff)
     # Imported late: SGLang takes seconds, and --help needs none of it.
-    from sglang.srt.utils.router_gemm.environ import requested_backend
+    from sglang.srt.utils.router_gemm.environ import pdl_enabled, requested_backend
 
     try:
         requested_backend()
+        pdl_enabled()
     except ValueError as error:
         print(f"sglang-router-gemm: {error}", file=sys.stderr)
         return 2

@@ -17,8 +17,8 @@ def activate() -> None:
     SGLang calls it early in every process and then applies the hooks.
 
     Raises:
-        ValueError: `SGLANG_ROUTER_GEMM_BACKEND` holds an unknown name. SGLang logs the
-            error and goes on without the plugin.
+        ValueError: one of the two environment variables holds a value that it does not have.
+            SGLang logs the error and goes on without the plugin.
     """
     contract = examine(_sglang())
     if contract.problem is not None:
@@ -31,9 +31,10 @@ def activate() -> None:
         logger.info("Router GEMM: SGLang's %s has the fast path, the plugin rests.", GATE_CLASS)
         return
     # Only now: an SGLang that does not fit may fail to import what these need.
-    from sglang.srt.utils.router_gemm.environ import requested_backend
+    from sglang.srt.utils.router_gemm.environ import pdl_enabled, requested_backend
     from sglang_router_gemm import hooks
 
+    pdl_enabled()  # both are read now, so that a typo ends here and not on a request
     if requested_backend() == "off":
         logger.info("Router GEMM: SGLANG_ROUTER_GEMM_BACKEND=off, SGLang's gate is untouched.")
         return

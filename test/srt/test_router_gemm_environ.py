@@ -6,7 +6,11 @@ import warnings
 
 import pytest
 
-from sglang.srt.utils.router_gemm.environ import pdl_enabled, requested_backend
+from sglang.srt.utils.router_gemm.environ import (
+    SGLANG_ROUTER_GEMM_PDL,
+    pdl_enabled,
+    requested_backend,
+)
 from sglang.srt.utils.router_gemm.policy import BACKENDS
 
 
@@ -35,15 +39,19 @@ def test_pdl(
         assert pdl_enabled() is enabled
 
 
-@pytest.mark.parametrize(("trtllm", "enabled"), [(None, True), ("0", False)])
-def test_a_bad_pdl_value_warns_and_means_the_default(
-    trtllm: str | None, enabled: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("value", ["", "maybe", "2", "off"])
+def test_a_pdl_value_that_is_no_boolean_is_an_error_that_lists_the_values(
+    value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", "maybe")
-    if trtllm is not None:
-        monkeypatch.setenv("TRTLLM_ENABLE_PDL", trtllm)
-    with pytest.warns(UserWarning, match="Invalid value for SGLANG_ROUTER_GEMM_PDL"):
-        assert pdl_enabled() is enabled
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", value)
+    listed = "must be true, 1, yes or y, or false, 0, no or n"
+    with pytest.raises(ValueError, match=f"SGLANG_ROUTER_GEMM_PDL is '{value}', {listed}"):
+        pdl_enabled()
+
+
+def test_pdl_set_to_none_in_code_means_the_default() -> None:
+    with SGLANG_ROUTER_GEMM_PDL.override(None):
+        assert pdl_enabled()
 
 
 def test_the_default_backend_is_auto() -> None:

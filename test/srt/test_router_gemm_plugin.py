@@ -46,13 +46,23 @@ def test_off_leaves_sglang_untouched(run_python: Callable[..., str]) -> None:
     assert "SGLang's gate is untouched" in output
 
 
-def test_an_unknown_backend_is_an_error_at_load_and_sglang_goes_on(
-    run_python: Callable[..., str],
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        (
+            {"SGLANG_ROUTER_GEMM_BACKEND": "cutlass"},
+            "one of auto, cluster, flashinfer, sgl_kernel, torch, off",
+        ),
+        ({"SGLANG_ROUTER_GEMM_PDL": "maybe"}, "true, 1, yes or y, or false, 0, no or n"),
+    ],
+)
+def test_an_unknown_value_is_an_error_at_load_and_sglang_goes_on(
+    setting: dict[str, str], values: str, run_python: Callable[..., str]
 ) -> None:
-    output = run_python(LOAD, SGLANG_ROUTER_GEMM_BACKEND="cutlass")
+    output = run_python(LOAD, **setting)
     assert "HOOKED False False" in output
     assert "ERROR Failed to execute general plugin: dsv3_router_gemm" in output
-    assert "must be one of auto, cluster, flashinfer, sgl_kernel, torch, off" in output
+    assert f"must be {values}" in output
 
 
 # The console script ----------------------------------------------------------------------
@@ -114,14 +124,15 @@ def test_doctor_fails_where_a_forced_backend_cannot_serve(
     assert main(["doctor"]) == status
 
 
+@pytest.mark.parametrize("name", ["SGLANG_ROUTER_GEMM_BACKEND", "SGLANG_ROUTER_GEMM_PDL"])
 def test_a_bad_setting_is_one_line_and_exit_2(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cutlass")
+    monkeypatch.setenv(name, "cutlass")
     assert main(["doctor"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert error.startswith("sglang-router-gemm: SGLANG_ROUTER_GEMM_BACKEND is 'cutlass'")
+    assert error.startswith(f"sglang-router-gemm: {name} is 'cutlass'")
 
 
 @pytest.mark.parametrize("arguments", [[], ["cure"], ["doctor", "--yaml"]])

@@ -49,7 +49,7 @@ class DeepseekV2Gate(nn.Module):
         prefix: likewise.
 
     Raises:
-        ValueError: `SGLANG_ROUTER_GEMM_BACKEND` holds an unknown name.
+        ValueError: an environment variable holds a value that it does not have.
     """
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
@@ -120,7 +120,7 @@ def prepare_router_gemm(weight: torch.Tensor) -> None:
         weight: the gate's `[N, K]`, on the device where it will be used, or not yet.
 
     Raises:
-        ValueError: `SGLANG_ROUTER_GEMM_BACKEND` holds an unknown name.
+        ValueError: an environment variable holds a value that it does not have.
     """
     requested = requested_backend()
     if not torch.cuda.is_available():

@@ -46,8 +46,21 @@ def requested_backend() -> str:
 def pdl_enabled() -> bool:
     """Whether the router GEMM is launched with programmatic dependent launch.
 
-    `SGLANG_ROUTER_GEMM_PDL` decides; unset (or not a boolean, which `EnvBool` warns
-    of), SGLang's own switch `TRTLLM_ENABLE_PDL=0` turns PDL off. The default is on.
+    `SGLANG_ROUTER_GEMM_PDL` decides; unset, SGLang's own switch `TRTLLM_ENABLE_PDL=0` turns
+    PDL off. The default is on.
+
+    Raises:
+        ValueError: `SGLANG_ROUTER_GEMM_PDL` holds something else than a boolean.
     """
-    value: bool | None = SGLANG_ROUTER_GEMM_PDL.get()
-    return os.environ.get("TRTLLM_ENABLE_PDL") != "0" if value is None else value
+    name = SGLANG_ROUTER_GEMM_PDL.name
+    text = os.environ.get(name)
+    if text is None or text == str(None):  # what EnvField.set(None) leaves there
+        return os.environ.get("TRTLLM_ENABLE_PDL") != "0"
+    try:
+        # Not get(): that takes the default for whatever is no boolean, with a warning.
+        enabled: bool = SGLANG_ROUTER_GEMM_PDL.parse(text)
+    except ValueError:
+        raise ValueError(
+            f"{name} is {text!r}, must be true, 1, yes or y, or false, 0, no or n"
+        ) from None
+    return enabled
