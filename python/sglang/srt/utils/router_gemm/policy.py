@@ -54,8 +54,8 @@ class Auto(NamedTuple):
 
 # On every other GPU, and for every other shape, `auto` leaves SGLang's own forward alone.
 AUTO: tuple[Auto, ...] = (
-    # docs/kernel.md: faster than every other kernel on an H100 and on an H200. With fewer bytes of
-    # weights SGLang's is at the smallest M.
+    # docs/kernel.md: faster than every other kernel on an H100 and on an H200. Where the weights
+    # have fewer bytes, SGLang's own is the faster one at the smallest M.
     Auto("cluster", (90,), ((256, 7168),), range(1, 129)),
     Auto("cluster", (90,), ((384, 7168), (256, 6144)), range(1, 17)),
     Auto("cluster", (90,), ((160, 5120),), range(2, 17)),
