@@ -65,9 +65,8 @@ AUTO: tuple[Auto, ...] = (
 )
 # fmt: on
 
-_SMS = {sm for auto in AUTO for sm in auto.sms}
 _AUTO_ON_SM: Mapping[int | None, tuple[Auto, ...]] = {
-    sm: tuple(auto for auto in AUTO if sm in auto.sms) for sm in _SMS
+    sm: tuple(row for row in AUTO if sm in row.sms) for auto in AUTO for sm in auto.sms
 }
 
 # Where a kernel of this project was timed; elsewhere it can be forced, and doctor says so.
@@ -176,8 +175,8 @@ def _select_auto(call: RouterGemmCall, unavailable: Mapping[str, str | None]) ->
         takes = ", ".join(dict.fromkeys(f"{auto.backend} on SM {_or(auto.sms)}" for auto in AUTO))
         return Decision(None, Refusal("auto_sm", f"auto takes {takes} only"))
     shape = (call.num_experts, call.hidden_size)
-    # The rows of this shape; without one, all of them, to say what does not fit.
-    rows = tuple(auto for auto in on_sm if shape in auto.shapes) or on_sm
+    # The rows of this shape; without one, any of them says what does not fit.
+    rows = tuple(auto for auto in on_sm if shape in auto.shapes) or on_sm[:1]
     refusals = []
     for auto in rows:
         refusal = _refuse_auto(auto, call, unavailable)
