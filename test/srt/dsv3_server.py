@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,14 @@ def argument_parser(description: str, backend: str, num_layers: int) -> argparse
     parser.add_argument("--num-layers", type=int, default=num_layers, help="dense ones come first")
     parser.add_argument("--port", type=int, default=30000)
     return parser
+
+
+def add_memory_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mem-fraction-static", default="0.85", help="for weights and cache")
+
+
+def memory_options(arguments: argparse.Namespace) -> list[str]:
+    return ["--mem-fraction-static", arguments.mem_fraction_static]
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -99,6 +108,32 @@ def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
     }
 
 
+def full_width_config(num_layers: int, dtype: str) -> dict[str, Any]:
+    """DeepSeek-V3's config.json, but for the number of layers and the vocabulary."""
+    widths = {
+        "first_k_dense_replace": min(3, num_layers - 1),
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+    }
+    return deepseek_v3_config(num_layers) | widths | quantization(dtype)
+
+
+def quantization(dtype: str) -> dict[str, Any]:
+    """What DeepSeek-V3's config.json says of its FP8 weights; nothing for bf16."""
+    if dtype == "bf16":
+        return {}
+    return {
+        "quantization_config": {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        }
+    }
+
+
 def request(prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
     return {
         "input_ids": list(prompts),
@@ -123,7 +158,9 @@ class Server:
         self.backend = backend
         command = [sys.executable, "-m", "sglang.launch_server"]
         command += ["--model-path", str(model), "--port", str(port), "--load-format", "dummy"]
-        command += ["--skip-tokenizer-init", "--attention-backend", "triton"]
+        if not (model / "tokenizer.json").exists():
+            command.append("--skip-tokenizer-init")
+        command += ["--attention-backend", "triton"]
         command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
         command += ["--mem-fraction-static", "0.5", "--disable-radix-cache", *extra]
         self.command = command
@@ -142,10 +179,10 @@ class Server:
         command[command.index("--model-path") + 1] = "MODEL"
         return " ".join(command)
 
-    def wait(self) -> float:
+    def wait(self, timeout_s: float = STARTUP_TIMEOUT_S) -> float:
         """Seconds until it is healthy."""
         started = time.monotonic()
-        while time.monotonic() - started < STARTUP_TIMEOUT_S:
+        while time.monotonic() - started < timeout_s:
             if self._process.poll() is not None:
                 break
             with suppress(requests.RequestException):
@@ -212,6 +249,11 @@ def side_by_side(
             startup = list(pool.map(Server.wait, servers))
         print(f"up after {max(startup):.0f} s", flush=True)
         yield servers
+
+
+def patch_taken(log: str) -> bool:
+    """Whether a server's log says that a kernel takes the gate's place for some M."""
+    return re.search(r"M [\d-]+ (cluster|flashinfer)\b", log) is not None
 
 
 def prompts(count: int, seed: int, lengths: range = range(1, 65)) -> list[list[int]]:

@@ -18,7 +18,6 @@ not taken.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from dsv3_server import (
     environment,
     graph_options,
     parse_arguments,
+    patch_taken,
     prompts,
     side_by_side,
 )
@@ -144,7 +144,7 @@ def main() -> int:
             text = write(arguments.output_dir, where, config, servers, steps)
         log = servers[0].log.read_text()
     print(text)
-    return int(not re.search(r"M [\d-]+ (cluster|flashinfer)\b", log))
+    return int(not patch_taken(log))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ patch was not taken.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import sys
@@ -28,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
 from dsv3_server import (
     Server,
@@ -40,6 +38,7 @@ from dsv3_server import (
     prompts,
     running,
 )
+from dsv3_trace import PROFILED_STEPS, ROUTER_KERNEL, profiled_events
 from tabulate import tabulate
 
 from sglang_router_gemm.routing import agreement, grouped_topk
@@ -48,7 +47,6 @@ CONCURRENCIES = (1, 8, 16)
 REQUESTS_PER_CLIENT = 4
 NEW_TOKENS = 32
 CAPTURED_BATCH_SIZES = range(1, 17)
-KERNEL_NAME = re.compile(r"[\w:]*(router_gemm|tiny_gemm|RouterGemm|TinyGemm)\w*")
 
 
 @dataclass
@@ -86,29 +84,10 @@ def serve(server: Server, backend: str, profile_dir: Path) -> Serving:
 
 
 def profiled_router_kernels(server: Server, folder: Path) -> dict[str, int]:
-    """Launches of router kernels on the GPU while one request decodes from CUDA graphs."""
-    folder.mkdir(parents=True)
-    requests.post(
-        f"{server.url}/start_profile",
-        json={"output_dir": str(folder), "num_steps": 8, "activities": ["CPU", "GPU"]},
-        timeout=60,
-    )
-    generate(server, prompts(1, seed=99)[0])
-    counts: Counter[str] = Counter()
-    for _ in range(60):
-        traces = [path for path in folder.rglob("*.gz") if path.stat().st_size]
-        try:
-            for path in traces:
-                for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
-                    name = KERNEL_NAME.search(event["name"])
-                    if event.get("cat") == "kernel" and name:
-                        counts[name[0]] += 1
-            if traces:
-                break
-        except (EOFError, ValueError, gzip.BadGzipFile):
-            counts.clear()  # still being written
-        time.sleep(1)
-    return dict(counts)
+    """Launches of router kernels on the GPU in the profiled steps."""
+    kernels = [each for each in profiled_events(server, folder) if each.get("cat") == "kernel"]
+    names = [ROUTER_KERNEL.search(kernel["name"]) for kernel in kernels]
+    return dict(Counter(name[0] for name in names if name))
 
 
 def dump(server: Server, folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -220,7 +199,7 @@ def report(
         parts.append(f"## Log, backend {serving.backend} (up after {serving.startup_s:.0f} s)")
         parts.append("```\n" + "\n".join(serving.log_lines) + "\n```")
         parts.append(
-            "Router kernels in 8 profiled steps: "
+            f"Router kernels in {PROFILED_STEPS} profiled steps: "
             + (
                 "; ".join(
                     f"{count} of `{name}`" for name, count in serving.kernels_in_replays.items()

@@ -119,11 +119,16 @@ def test_the_policy(
 
 
 @st.composite
-def matrices(draw: st.DrawFn, rows: int, columns: int, device: str = "cpu") -> torch.Tensor:
-    """A matrix as a view of something larger, transposed, offset or plain."""
-    dtype = draw(_mostly(torch.bfloat16, other=st.sampled_from(FLOATS)))
-    row_step, column_step = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]))
-    offset, padding = draw(st.sampled_from([0, 0, 1, 8])), draw(st.sampled_from([0, 0, 3, 16]))
+def matrices(
+    draw: st.DrawFn, rows: int, columns: int, device: str = "cpu", plain: bool = False
+) -> torch.Tensor:
+    """A matrix as a view of something larger, transposed, offset or, where asked, plain."""
+    dtype, row_step, column_step, padding = torch.bfloat16, 1, 1, 0
+    offset = draw(st.sampled_from([0, 8]))
+    if not plain:
+        dtype = draw(_mostly(dtype, other=st.sampled_from(FLOATS)))
+        row_step, column_step = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]))
+        offset, padding = draw(st.sampled_from([0, 0, 1, 8])), draw(st.sampled_from([0, 0, 3, 16]))
     width = columns * column_step + padding
     size = offset + rows * row_step * width + 1
     storage = torch.randn(size, device=device).to(dtype)
@@ -132,7 +137,7 @@ def matrices(draw: st.DrawFn, rows: int, columns: int, device: str = "cpu") -> t
         storage[draw(st.integers(0, len(storage) - 1))] = special
     stride = (row_step * width, column_step)
     matrix = storage.as_strided((rows, columns), stride, offset)
-    if draw(st.booleans()):
+    if not plain and draw(st.booleans()):
         matrix = matrix.t().contiguous().t()
     return matrix.requires_grad_(draw(st.booleans()))
 

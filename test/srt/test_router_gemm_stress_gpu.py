@@ -38,9 +38,10 @@ def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens = draw(st.one_of(st.integers(0, 17), st.integers(0, 140)))
     wrong = draw(st.sampled_from([0] * 9 + [1]))
     devices = draw(st.sampled_from([("cuda", "cuda")] * 9 + [("cuda", "cpu"), ("cpu", "cuda")]))
+    plain = draw(st.booleans())  # or the kernel would hardly ever serve
     return (
-        draw(matrices(num_tokens, hidden_size, devices[0])),
-        draw(matrices(num_experts, hidden_size + wrong, devices[1])),
+        draw(matrices(num_tokens, hidden_size, devices[0], plain)),
+        draw(matrices(num_experts, hidden_size + wrong, devices[1], plain)),
     )
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import run_dsv3_decode as decode
 import run_dsv3_load as load
 import run_dsv3_ranks as ranks
+import run_dsv3_whole as whole
 import torch
-from dsv3_server import Server
+from dsv3_server import Server, full_width_config, patch_taken
+from dsv3_trace import last_step
 
 
 def test_the_load_has_short_and_long_prompts_and_gives_some_up() -> None:
@@ -74,8 +80,205 @@ def test_one_bit_on_one_rank_is_seen(difference: float, same: int, tmp_path: Pat
 
 
 def test_the_ranks_run_deepseek_v3s_widths() -> None:
-    config = ranks.config(61, "fp8")
+    config = full_width_config(61, "fp8")
     assert (config["num_hidden_layers"], config["first_k_dense_replace"]) == (61, 3)
     assert (config["moe_intermediate_size"], config["num_attention_heads"]) == (2048, 128)
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
-    assert "quantization_config" not in ranks.config(61, "bf16")
+    assert "quantization_config" not in full_width_config(61, "bf16")
+
+
+def test_the_whole_model_is_deepseek_v3s() -> None:
+    config = whole.whole_config(61, "fp8")
+    published = {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "num_nextn_predict_layers": 1,
+        "n_routed_experts": 256,
+        "num_attention_heads": 128,
+        "max_position_embeddings": 163840,
+    }
+    assert config | published == config
+    assert (config["rope_scaling"]["type"], config["rope_scaling"]["factor"]) == ("yarn", 40)
+    assert config["quantization_config"]["quant_method"] == "fp8"
+    assert "quantization_config" not in whole.whole_config(61, "bf16")
+    small = whole.small_config(20, "fp8")
+    assert (small["moe_intermediate_size"], small["num_attention_heads"]) == (128, 16)
+    assert small["quantization_config"] == config["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("line", "taken"),
+    [
+        ("M 1-128 cluster, M 129+ SGLang (backend auto, PDL on)", True),
+        ("M 1+ SGLang (backend auto, PDL on)", False),
+        ("SGLANG_ROUTER_GEMM_BACKEND=off, SGLang's gate is untouched.", False),
+    ],
+)
+def test_the_log_says_whether_the_patch_was_taken(line: str, taken: bool) -> None:
+    assert patch_taken(f"[2026-11-25 03:14:43 TP0] Router GEMM [256, 7168]: {line}") == taken
+
+
+def kernel(name: str, start: float, us: float, stream: int = 7) -> dict[str, Any]:
+    return {"cat": "kernel", "name": name, "ts": start, "dur": us, "args": {"stream": stream}}
+
+
+def trace(steps: int, gates: int) -> list[dict[str, Any]]:
+    """Each gate starts 1.5 µs before the norm ends; a kernel of another stream runs beside."""
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name"}]
+    for place in range(steps * gates):
+        start = 100.0 * place
+        events += [
+            kernel("void topk_kernel<float>(float*)", start + 8, 2),
+            kernel("void (anonymous namespace)::norm<8>(int)", start, 5),
+            kernel("void cluster_router_gemm_kernel<Shape<256>, 4>(int)", start + 3.5, 3),
+            kernel("shared_experts", start + 1, 9, stream=13),
+            {"cat": "cpu_op", "name": "dsv3_router_gemm", "ts": start, "dur": 1},
+        ]
+    return events
+
+
+def test_the_gates_of_the_last_whole_step_and_their_neighbours() -> None:
+    events = [*trace(steps=2, gates=4), kernel("tiny_n_gemm_kernel", 900, 1)]  # cut short
+    gates = last_step(events, num_gates=4, first_layer=3)
+    assert [gate.layer for gate in gates] == [3, 4, 5, 6]
+    assert {gate.kernel for gate in gates} == {"cluster_router_gemm_kernel"}
+    assert {(gate.before, gate.after) for gate in gates} == {("norm", "topk_kernel")}
+    assert {(gate.us, gate.overlap_us, gate.stream) for gate in gates} == {(3, 1.5, 7)}
+    assert last_step(events, num_gates=10, first_layer=3) == []
+
+
+def test_a_gate_that_waits_overlaps_nothing() -> None:
+    events = [kernel("norm", 0, 5), kernel("tiny_n_gemm_kernel<T>", 6, 3)]
+    [gate] = last_step(events, num_gates=1, first_layer=1)
+    assert (gate.kernel, gate.overlap_us, gate.after) == ("tiny_n_gemm_kernel", 0.0, "")
+    [alone] = last_step(events[1:], num_gates=1, first_layer=1)
+    assert (alone.before, alone.overlap_us) == ("", 0.0)
+
+
+def test_the_benchmark_promises_what_58_gates_save() -> None:
+    chain = json.loads((whole.BENCHMARKS / "cluster/h100.json").read_text())
+    promised = whole.promised_us(chain, "SGLang tiny_gemm", num_gates=58)
+    assert {size: round(us) for size, us in promised.items()} == {
+        **{1: 6, 2: 14, 4: 42, 8: 93, 16: 252},
+        **{32: 219, 64: 165},  # less than cuBLAS
+    }
+    chain["timings"] = [each for each in chain["timings"] if each["num_tokens"] == 4]
+    assert list(whole.promised_us(chain, "SGLang tiny_gemm", num_gates=58)) == [4]
+
+
+LINE = json.dumps(
+    {
+        "backend": "sglang",
+        "max_concurrency": 8,
+        "completed": 31,
+        "request_throughput": 4.25,
+        "output_throughput": 543.5,
+        "median_itl_ms": 14.5,
+        "p99_itl_ms": 16.25,
+        "median_tpot_ms": 14.75,
+    }
+)
+
+
+def made_up_results() -> whole.Results:
+    steps: dict[int, list[list[float]]] = {size: [[], []] for size in whole.BATCH_SIZES}
+    steps[1] = [[14000.0, 14010.0, 14020.0], [14200.0, 14210.0]]  # cut short
+    steps[8] = [[15000.0, 15000.0, 15000.0], [15290.0, 15290.0]]
+    gates = last_step(trace(steps=1, gates=58), num_gates=58, first_layer=3)
+    return {
+        "environment": {"GPU": "8 x NVIDIA H200", "sglang": "0.5.23"},
+        "small": False,
+        "dtype": "fp8",
+        "config": whole.whole_config(61, "fp8"),
+        "num_gates": 58,
+        "backends": ["auto", "off"],
+        "chain": {"gpu": "NVIDIA H200", "off": "SGLang tiny_gemm", "promised_us": {8: 93.4}},
+        "step_us": steps,
+        "up_after_s": [[200.0] * 3, [190.0] * 2],
+        "command": "python3 -m sglang.launch_server --model-path MODEL",
+        "serving_command": "python3 -m sglang.bench_serving",
+        "serving": {
+            "auto": {concurrency: whole.served(LINE, 32) for concurrency in whole.CONCURRENCIES},
+            "off": {concurrency: {"failed": 32} for concurrency in whole.CONCURRENCIES},
+        },
+        "profile": {"auto": [vars(gate) for gate in gates], "off": []},
+        "log_lines": {"auto": {"Router GEMM [256, 7168] on SM 90: M 1-128 cluster": 8}},
+    }
+
+
+def cells(text: str, *first: str) -> list[str]:
+    """The one row of a table that starts with these cells."""
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    [row] = [row for row in found if row[: len(first)] == [*first]]
+    return row
+
+
+def test_the_report_has_what_both_backends_measured(tmp_path: Path) -> None:
+    results = whole.save(made_up_results(), tmp_path)
+    text = (tmp_path / "dsv3_whole.md").read_text()
+    assert whole.report(results) == text
+    assert "of 2 starts of each" in text
+    assert cells(text, "8", "15000 (15000-15000)")[2:] == [
+        *("15290 (15290-15290)", "1.019"),
+        *("5.00 (5.00-5.00)", "290 (290-290)", "93"),
+    ]
+    assert cells(text, "1", "14005 (13998-14012)")[-2:] == ["200 (200-200)", ""]
+    assert cells(text, "64", "auto")[2:] == [
+        "4.25",
+        "543.50",
+        "14.50",
+        "16.25",
+        "14.75",
+        "1 of 256",
+    ]
+    assert cells(text, "64", "off")[2:] == [*[""] * 5, "32 of 256"]
+    assert cells(text, "auto") == [
+        *("auto", "58 `cluster_router_gemm_kernel`", "3.00", "1.50", "58 of 58"),
+        *("58 `norm`", "58 `topk_kernel`"),
+    ]
+    assert cells(text, "off")[4] == "0 of 0"
+    assert "8 x Router GEMM [256, 7168]" in text
+    assert results["profile"]["auto"][0]["layer"] == 3
+
+
+def test_the_plots_are_written_from_the_json_alone(tmp_path: Path) -> None:
+    whole.save(made_up_results() | {"profile": {}, "serving": {}}, tmp_path)
+    script = [sys.executable, whole.__file__, "--report-only", "--output-dir", str(tmp_path)]
+    subprocess.run(script, check=True)
+    for name in ("step", "saving"):
+        for ending in ("png", "svg"):
+            assert (tmp_path / f"dsv3_whole_{name}.{ending}").stat().st_size > 1000
+    nothing_yet = made_up_results() | {"step_us": {"1": [[14000.0], []]}}
+    assert len(whole.save_plots(json.loads(json.dumps(nothing_yet)), tmp_path)) == 4
+
+
+def test_bench_serving_takes_the_options_and_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.benchmark import serving
+    from sglang.benchmark.datasets import get_dataset
+    from sglang.benchmark.utils import get_tokenizer
+
+    (tmp_path / "config.json").write_text(json.dumps(whole.whole_config(61, "fp8")))
+    whole.save_tokenizer(tmp_path, vocab_size=512)
+    command = whole.serving_command(30000, tmp_path, 8, tmp_path / "output.jsonl")
+    parsed: list[Namespace] = []
+    monkeypatch.setattr(serving, "run_benchmark", parsed.append)
+    monkeypatch.setattr(sys, "argv", command[2:])
+    serving.cli_main()
+    tokenizer = get_tokenizer(parsed[0].tokenizer)
+    requests = get_dataset(parsed[0], tokenizer)
+    assert len(requests) == whole.num_prompts(8) == 32
+    for request in requests:
+        assert (len(request.prompt), request.output_len) == (
+            whole.INPUT_TOKENS,
+            whole.OUTPUT_TOKENS,
+        )
+        assert 0 <= min(request.prompt) <= max(request.prompt) < 512
+    # What SGLang's own warm-up sends, and text for every token, or there is no ITL.
+    assert tokenizer.encode("The capital city of France is") == [0] * 6
+    assert tokenizer.decode([0, 1, 511], skip_special_tokens=True) == "t0 t1 t511"
