@@ -42,15 +42,8 @@ def argument_parser(description: str, backend: str, num_layers: int) -> argparse
     parser.add_argument("--backend", default=backend, help="compared with off")
     parser.add_argument("--num-layers", type=int, default=num_layers, help="dense ones come first")
     parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("server_options", nargs="*", help="for SGLang's server, after --")
     return parser
-
-
-def add_memory_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mem-fraction-static", default="0.85", help="for weights and cache")
-
-
-def memory_options(arguments: argparse.Namespace) -> list[str]:
-    return ["--mem-fraction-static", arguments.mem_fraction_static]
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -136,7 +136,7 @@ def main() -> int:
     arguments = parse_arguments(parser)
     config = deepseek_v3_config(arguments.num_layers)
     config["moe_intermediate_size"] = arguments.moe_intermediate_size
-    extra = graph_options(BATCH_SIZES)
+    extra = [*graph_options(BATCH_SIZES), *arguments.server_options]
     backends = (arguments.backend, "off")
     with side_by_side(config, backends, arguments.output_dir, arguments.port, extra) as servers:
         where, text = environment(), ""

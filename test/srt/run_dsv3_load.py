@@ -172,7 +172,7 @@ def report(
 def main() -> int:
     parser = argument_parser(__doc__, backend="auto", num_layers=5)
     arguments = parse_arguments(parser)
-    extra = graph_options(CAPTURED_BATCH_SIZES)
+    extra = [*graph_options(CAPTURED_BATCH_SIZES), *arguments.server_options]
     passes = [Pass(arguments.backend), Pass("off"), Pass("off")]
     config = deepseek_v3_config(arguments.num_layers)
     backends = (arguments.backend, "off")

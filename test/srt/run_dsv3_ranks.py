@@ -30,11 +30,9 @@ from typing import Any
 import torch
 from dsv3_server import (
     Server,
-    add_memory_option,
     argument_parser,
     environment,
     full_width_config,
-    memory_options,
     parse_arguments,
     prompts,
     running,
@@ -113,12 +111,12 @@ def main() -> int:
     parser = argument_parser(__doc__, backend="cluster", num_layers=6)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8")
-    add_memory_option(parser)
     arguments = parse_arguments(parser)
     if torch.cuda.device_count() < arguments.tp:
         parser.error(f"--tp {arguments.tp}: there are {torch.cuda.device_count()} CUDA devices")
     batch = prompts(PROMPTS, seed=0)
-    extra = ["--tp", str(arguments.tp), *memory_options(arguments)]
+    extra = ["--tp", str(arguments.tp), "--mem-fraction-static", "0.85"]
+    extra += arguments.server_options
     graphs = [*extra, "--cuda-graph-bs", "1", "8", "16", "32"]
     starts: list[tuple[Any, ...]] = []
     tokens: list[list[list[int]]] = []

@@ -223,21 +223,21 @@ def main() -> int:
     parser = argument_parser(__doc__, backend="flashinfer", num_layers=5)
     arguments = parse_arguments(parser)
     config = deepseek_v3_config(arguments.num_layers)
-    graph_sizes = graph_options(CAPTURED_BATCH_SIZES)
+    graphs = [*graph_options(CAPTURED_BATCH_SIZES), *arguments.server_options]
     servings, dumps, command = [], [], ""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         for backend in (arguments.backend, "off"):
             log = arguments.output_dir / f"server_{backend}.log"
-            with running(folder, log, arguments.port, backend, graph_sizes) as server:
+            with running(folder, log, arguments.port, backend, graphs) as server:
                 servings.append(serve(server, backend, folder / f"profile_{backend}"))
                 command = server.shown_command
             print(f"{backend}: served, up after {servings[-1].startup_s:.0f} s", flush=True)
         for backend in (arguments.backend, "off"):
             log = arguments.output_dir / f"dump_{backend}.log"
             target = folder / f"dump_{backend}"
-            extra = ["--debug-tensor-dump-output-folder", str(target)]
+            extra = ["--debug-tensor-dump-output-folder", str(target), *arguments.server_options]
             with running(folder, log, arguments.port, backend, extra) as server:
                 dumps.append(dump(server, target))
             print(f"{backend}: dumped {len(dumps[-1])} passes", flush=True)

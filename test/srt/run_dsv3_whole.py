@@ -38,13 +38,11 @@ from typing import Any
 import torch
 from dsv3_server import (
     Server,
-    add_memory_option,
     argument_parser,
     deepseek_v3_config,
     environment,
     full_width_config,
     graph_options,
-    memory_options,
     parse_arguments,
     patch_taken,
     prompts,
@@ -327,7 +325,6 @@ def main() -> int:
     parser.add_argument("--chain", type=Path, default=BENCHMARKS / "cluster/h200.json")
     chosen = f"the provider that SGLang runs; {CHAIN_BEYOND} for the M that it lacks"
     parser.add_argument("--chain-off", default="SGLang tiny_gemm", help=chosen)
-    add_memory_option(parser)
     parser.add_argument("--startup-timeout", type=int, default=1800, help="seconds")
     parser.add_argument("--small", action="store_true", help="trying it, not the model")
     parser.add_argument("--skip-serving", action="store_true")
@@ -364,8 +361,8 @@ def main() -> int:
         "profile": {},
         "log_lines": {},
     }
-    extra = ["--tp", str(arguments.tp), *memory_options(arguments)]
-    extra += graph_options(BATCH_SIZES)
+    extra = ["--tp", str(arguments.tp), "--mem-fraction-static", "0.85"]
+    extra += [*graph_options(BATCH_SIZES), *arguments.server_options]
     output, port = arguments.output_dir, arguments.port
     taken = True
     with tempfile.TemporaryDirectory() as temporary:
