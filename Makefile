@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: run test test-gpu test-releases lint clean
+.PHONY: run test test-gpu test-releases lint audit clean
 
 run: $(READY)  ## what runs here, whether its numbers are right, and on a GPU how fast it is
 	$(VENV)/bin/sglang-router-gemm doctor
@@ -26,6 +26,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/bandit --quiet --severity-level medium --recursive python benchmark
+
+audit: $(READY)  ## known vulnerabilities of what the tests have installed
+	$(VENV)/bin/python .ci/audit.py
 
 # The real SGLang is the dependency: about 4 minutes and 11 GB.
 $(READY): pyproject.toml

@@ -39,7 +39,9 @@ from tabulate import tabulate
 
 BATCH_SIZES = (1, 8, 16, 32, 64)
 PROMPT_TOKENS = 16
-SHORT, LONG = 8, 136
+SHORT = 8
+# What one request differs from the next, some milliseconds, is spread over as many steps.
+STEPS = 512
 
 
 def seconds(server: Server, batch: Sequence[list[int]], new_tokens: int) -> float:
@@ -49,10 +51,10 @@ def seconds(server: Server, batch: Sequence[list[int]], new_tokens: int) -> floa
     return time.perf_counter() - started
 
 
-def step_us(server: Server, batch: Sequence[list[int]]) -> float:
-    """Microseconds of one decode step."""
+def step_us(server: Server, batch: Sequence[list[int]], steps: int) -> float:
+    """Microseconds of one decode step, from a generation that has `steps` more than another."""
     short = seconds(server, batch, SHORT)
-    return 1e6 * (seconds(server, batch, LONG) - short) / (LONG - SHORT)
+    return 1e6 * (seconds(server, batch, SHORT + steps) - short) / steps
 
 
 def measure(servers: Sequence[Server], rounds: int) -> Iterator[dict[int, list[list[float]]]]:
@@ -64,7 +66,7 @@ def measure(servers: Sequence[Server], rounds: int) -> Iterator[dict[int, list[l
             batch = prompts(size, seed=1000 * (each + 1) + size, lengths=lengths)
             order = range(len(servers)) if each % 2 else reversed(range(len(servers)))
             for server in order:
-                step = step_us(servers[server], batch)
+                step = step_us(servers[server], batch, STEPS)
                 if each >= 0:
                     steps[size][server].append(step)
         if each >= 0:
@@ -109,7 +111,7 @@ def write(
             "\n".join(f"- {name}: {value}" for name, value in where.items()),
             f"{num_gates} MoE layers of 256 experts, hidden 7168, moe_intermediate_size "
             f"{config['moe_intermediate_size']}; `--load-format dummy`. Two servers on one GPU, "
-            f"which took turns; median and quartiles of {num_rounds} rounds, {LONG - SHORT} steps "
+            f"which took turns; median and quartiles of {num_rounds} rounds, {STEPS} steps "
             "each.",
             f"```\n{servers[0].shown_command}\n```",
             tabulate(rows(steps, num_gates), headers, tablefmt="github", disable_numparse=True),

@@ -50,7 +50,7 @@ from dsv3_server import (
     running,
 )
 from dsv3_trace import last_step, profiled_events
-from run_dsv3_decode import LONG, PROMPT_TOKENS, SHORT, quartiles, rows, step_us
+from run_dsv3_decode import PROMPT_TOKENS, quartiles, rows, step_us
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -59,7 +59,7 @@ from transformers import PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmark/kernels/deepseek/results"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-MEASUREMENTS = 3  # of each batch size in a start
+MEASUREMENTS, STEPS = 3, 128  # of each batch size in a start; of a measurement
 CONCURRENCIES = (1, 8, 64)
 INPUT_TOKENS, OUTPUT_TOKENS = 256, 128
 SERVING_TIMEOUT_S = 1200
@@ -132,8 +132,8 @@ def start_steps(server: Server) -> dict[int, float]:
     steps = {}
     for size in BATCH_SIZES:
         batch = prompts(size, seed=size, lengths=range(PROMPT_TOKENS, PROMPT_TOKENS + 1))
-        step_us(server, batch)  # warms up
-        steps[size] = statistics.median(step_us(server, batch) for _ in range(MEASUREMENTS))
+        step_us(server, batch, STEPS)  # warms up
+        steps[size] = statistics.median(step_us(server, batch, STEPS) for _ in range(MEASUREMENTS))
     return steps
 
 
@@ -226,7 +226,7 @@ def report(results: Results) -> str:
         f"```\n{results['command']}\n```",
         "## Decode step time",
         f"Median and quartiles of {count} starts of each, which alternated; of each start the "
-        f"median of {MEASUREMENTS} times {LONG - SHORT} steps. `chain` is of the benchmark, "
+        f"median of {MEASUREMENTS} times {STEPS} steps. `chain` is of the benchmark, "
         f"{chain['gpu']}: {chain['off']}, or {CHAIN_BEYOND} where that was not measured, less "
         f"{CHAIN_OURS}, times the gates.",
         step_table(results),
