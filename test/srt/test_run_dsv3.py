@@ -66,14 +66,19 @@ def test_nvcc_is_counted_for_our_kernel_alone(tmp_path: Path) -> None:
     assert ranks.builds(calls) == 1
 
 
-@pytest.mark.parametrize(("difference", "same"), [(0.0, 2), (2.0**-20, 1)])
-def test_one_bit_on_one_rank_is_seen(difference: float, same: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [(1.0, 1.0, 2), (1.0, 1.0 + 2.0**-20, 1), (0.0, -0.0, 1), (float("nan"), float("nan"), 2)],
+)
+def test_one_bit_on_one_rank_is_seen(
+    first: float, second: float, same: int, tmp_path: Path
+) -> None:
     for rank in (0, 1):
         folder = tmp_path / f"TP{rank}_PP0_Rank{rank}_pid{10 + rank}"
         folder.mkdir()
         for number in (0, 1):
             logits = torch.ones(4, 256)
-            logits[3, 77] += rank * number * difference
+            logits[3, 77] = second if rank and number else first
             gates = {"model.layers.3.mlp.gate": logits, "model.layers.3.mlp": torch.randn(4)}
             torch.save(gates, folder / f"Pass{number:05d}.pt")
     assert ranks.same_bits(ranks.dumped_gates(tmp_path)) == (same, 2)
