@@ -39,11 +39,9 @@ def main(options: list[str]) -> int:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
-    except subprocess.TimeoutExpired as late:
-        print(f"pip-audit: nothing was audited: {late}")
-        return 0
-    try:
         text, code = report(done.stdout)
+    except subprocess.TimeoutExpired as late:
+        text, code = f"pip-audit: nothing was audited: {late}", 0
     except ValueError:  # no JSON: the network, or pip-audit itself
         last = (done.stderr.strip() or "no output").splitlines()[-1]
         text, code = f"pip-audit: nothing was audited: {last}", 0

@@ -330,8 +330,9 @@ def main() -> int:
     parser.add_argument("--skip-serving", action="store_true")
     parser.add_argument("--skip-profile", action="store_true")
     parser.add_argument("--report-only", action="store_true", help="from the JSON, without a GPU")
-    if parser.parse_args().report_only:
-        folder = parser.parse_args().output_dir
+    arguments = parser.parse_args()
+    if arguments.report_only:
+        folder = arguments.output_dir
         save_plots(save(json.loads((folder / "dsv3_whole.json").read_text()), folder), folder)
         return 0
     arguments = parse_arguments(parser)
