@@ -309,11 +309,8 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   // The next kernel may be scheduled from here on; it waits for the end of this one by itself.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   load_tokens(0);
-  // Every warp's tokens before any warp's other half, which can wait: memory is busy as it is. With
-  // many passes that costs more than it gains.
-  if constexpr (!S::kManyPasses) {
-    spin(64);
-  }
+  // Every warp's tokens before any warp's other half, which can wait: memory is busy as it is.
+  spin(64);
   load_weights(kWeightLoads / 2, kWeightLoads);
 
   const unsigned quad = thread % S::kQuads, thread_token = thread / S::kQuads;
@@ -323,14 +320,8 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   const uint32_t sums_at = base + S::kSums + thread_token * S::kSumBytes + quad * 16;
   const uint32_t pushed = base + S::kPushed + quad * 16;
 
-  const unsigned passes = S::kManyPasses ? (num_tokens + S::kTokens - 1) / S::kTokens : 1;
-#pragma unroll 1
-  for (unsigned pass = 0; pass < passes; ++pass) {
-    const uint32_t buffer = S::kManyPasses ? pass % 2 * S::kSumsOfPass : 0;
-    // As A, tokens from two loads share four registers, so they must be moved. ptxas would do that
-    // between one mma and the next; as arithmetic with a zero it does not know, ahead of them all.
-    const unsigned zero = S::kTokens == 16 && !S::kManyPasses ? num_tokens >> 31 : 0;
-    Tokens<S> current;
+  Tokens<S> current;
+  const auto take_tokens = [&](unsigned zero) {
 #pragma unroll
     for (int tile = 0; tile < S::kTokenTiles; ++tile) {
 #pragma unroll
@@ -340,14 +331,8 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
             make_uint4(loaded.x ^ zero, loaded.y ^ zero, loaded.z ^ zero, loaded.w ^ zero);
       }
     }
-    if (S::kManyPasses && pass + 1 < passes) {
-      load_tokens(pass + 1);
-    }
-    multiply<S>(weights, current, store_at + buffer);
-    __syncthreads();
-    if (pass == 0) {
-      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    }
+  };
+  const auto push_sums = [&](unsigned pass) {
 #pragma unroll
     for (unsigned i = 0; i < kRounds; ++i) {
       const unsigned token_of_pass = thread_token + i * kTokensAtOnce;
@@ -357,12 +342,38 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
 #pragma unroll
         for (int w = 0; w < S::kWarps; ++w) {
           const unsigned at = (w * S::kTokens + i * kTokensAtOnce) * S::kSumBytes;
-          sums[w] = load_shared(sums_at + buffer + at);
+          sums[w] = load_shared(sums_at + pass % 2 * S::kSumsOfPass + at);
         }
         const unsigned owner = token % kRanks;
         const uint32_t to = pushed + token / kRanks * S::kSlot + rank * (S::kExperts * 4);
         push(in_rank(to, owner), in_rank(base + S::kBarrier, owner), tree_sum(sums));
       }
+    }
+  };
+
+  // As A, tokens from two loads share four registers, so they must be moved. ptxas would do that
+  // between one mma and the next; as arithmetic with a zero it does not know, ahead of them all.
+  take_tokens(S::kTokens == 16 ? num_tokens >> 31 : 0);
+  if constexpr (S::kManyPasses) {
+    load_tokens(1);
+  }
+  multiply<S>(weights, current, store_at);
+  __syncthreads();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  push_sums(0);
+  // Not the same code as the first pass: in a loop, ptxas has the first product wait for every
+  // load, the other half of the weights too.
+  if constexpr (S::kManyPasses) {
+    const unsigned passes = (num_tokens + S::kTokens - 1) / S::kTokens;
+#pragma unroll 1
+    for (unsigned pass = 1; pass < passes; ++pass) {
+      take_tokens(0);
+      if (pass + 1 < passes) {
+        load_tokens(pass + 1);
+      }
+      multiply<S>(weights, current, store_at + pass % 2 * S::kSumsOfPass);
+      __syncthreads();
+      push_sums(pass);
     }
   }
 
