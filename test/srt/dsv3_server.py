@@ -31,11 +31,14 @@ STARTUP_TIMEOUT_S = 420
 REQUEST_TIMEOUT_S = 120
 
 
-def argument_parser(description: str, backend: str, num_layers: int) -> argparse.ArgumentParser:
+def argument_parser(
+    description: str, backend: str, num_layers: int | None
+) -> argparse.ArgumentParser:
     """The options that every script has, with its own defaults.
 
     Args:
         description: the script's docstring, of which the first line is shown.
+        num_layers: None where it depends on the GPUs.
     """
     parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
     parser.add_argument("--output-dir", type=Path, default=Path("results"))

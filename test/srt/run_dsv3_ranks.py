@@ -4,7 +4,7 @@
 
 Needs that many Hopper or Blackwell GPUs, nvcc, SGLang and this package, no model files: 128
 heads, MoE intermediate size 2048, FP8 weights in blocks (bf16 with `--dtype bf16`), dummy, as
-many layers as `--num-layers` says; 61 layers on eight H200 are DeepSeek-V3 as it is.
+many layers as fit or `--num-layers` says; 61 layers on eight H200 are DeepSeek-V3 as it is.
 
 1. Starts with an empty JIT cache: how long, how often nvcc compiled our kernel, and what each
    rank says that it takes.
@@ -41,9 +41,38 @@ from tabulate import tabulate
 
 from sglang.srt.utils.router_gemm import jit
 
+DEEPSEEK_V3_LAYERS = 61
+# Of all GPUs' memory. Of the rest, SGLang takes a part for the KV cache, 10 %.
+WEIGHTS_SHARE, STATIC_SHARE = 0.75, 0.85
 PROMPTS, NEW_TOKENS = 32, 32
 DUMPED_PROMPTS = range(1, 17)
 KERNEL_SOURCE = "cluster_router_gemm.cu"
+
+
+def layers_that_fit(memory: int, dtype: str) -> int:
+    """How many of DeepSeek-V3's layers have their weights in `WEIGHTS_SHARE` of `memory` bytes."""
+    config = full_width_config(DEEPSEEK_V3_LAYERS, dtype)
+    hidden, heads, q_rank, kv_rank, nope, rope, v_head = (
+        config[name]
+        for name in (
+            "hidden_size",
+            "num_attention_heads",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        )
+    )
+    attention = hidden * (q_rank + kv_rank + rope + heads * v_head)
+    attention += heads * (q_rank * (nope + rope) + kv_rank * (nope + v_head))
+    experts = config["n_routed_experts"] + config["n_shared_experts"]
+    dense = attention + 3 * hidden * config["intermediate_size"]
+    sparse = attention + 3 * hidden * config["moe_intermediate_size"] * experts
+    budget = WEIGHTS_SHARE * memory / (1 if dtype == "fp8" else 2)
+    num_dense = config["first_k_dense_replace"]
+    fit = num_dense + int((budget - num_dense * dense) // sparse)
+    return max(num_dense + 1, min(fit, DEEPSEEK_V3_LAYERS))
 
 
 def counted_nvcc(folder: Path) -> tuple[dict[str, str], Path]:
@@ -108,14 +137,18 @@ def same_bits(ranks: Mapping[str, list[dict[str, torch.Tensor]]]) -> tuple[int, 
 
 
 def main() -> int:
-    parser = argument_parser(__doc__, backend="cluster", num_layers=6)
+    parser = argument_parser(__doc__, backend="cluster", num_layers=None)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8")
     arguments = parse_arguments(parser)
     if torch.cuda.device_count() < arguments.tp:
         parser.error(f"--tp {arguments.tp}: there are {torch.cuda.device_count()} CUDA devices")
+    memory = sum(
+        torch.cuda.get_device_properties(rank).total_memory for rank in range(arguments.tp)
+    )
+    num_layers = arguments.num_layers or layers_that_fit(memory, arguments.dtype)
     batch = prompts(PROMPTS, seed=0)
-    extra = ["--tp", str(arguments.tp), "--mem-fraction-static", "0.85"]
+    extra = ["--tp", str(arguments.tp), "--mem-fraction-static", str(STATIC_SHARE)]
     extra += arguments.server_options
     graphs = [*extra, "--cuda-graph-bs", "1", "8", "16", "32"]
     starts: list[tuple[Any, ...]] = []
@@ -126,7 +159,7 @@ def main() -> int:
         model = folder / "model"
         model.mkdir()
         (model / "config.json").write_text(
-            json.dumps(full_width_config(arguments.num_layers, arguments.dtype))
+            json.dumps(full_width_config(num_layers, arguments.dtype))
         )
         variables, calls = counted_nvcc(folder)
         cache = folder / "tvm_ffi"
@@ -167,7 +200,7 @@ def main() -> int:
         [
             "# SGLang's server on several GPUs, DeepSeek-V3's widths",
             "\n".join(f"- {name}: {value}" for name, value in where.items()),
-            f"{arguments.num_layers} layers, {arguments.dtype}, `--load-format dummy`.",
+            f"{num_layers} layers, {arguments.dtype}, `--load-format dummy`.",
             f"```\n{command}\n```",
             tabulate(
                 starts,

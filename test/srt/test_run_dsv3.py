@@ -57,6 +57,21 @@ def test_the_saving_of_a_step_is_shared_among_the_gates() -> None:
     assert saved == "1.00 (1.00-1.00)"
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "dtype", "layers"),
+    [(2 * 150, "fp8", 22), (2 * 150, "bf16", 12), (2 * 85, "fp8", 13), (8 * 150, "fp8", 61)],
+)
+def test_layers_that_fit(gigabytes: int, dtype: str, layers: int) -> None:
+    assert ranks.layers_that_fit(gigabytes * 10**9, dtype) == layers
+
+
+def test_all_layers_fit_only_where_deepseek_v3_does() -> None:
+    # 671e9 weights (its model card), of which the embedding and the head have 129280 x 7168 each.
+    weights = (671e9 - 1.9e9) / ranks.WEIGHTS_SHARE
+    assert ranks.layers_that_fit(int(0.99 * weights), "fp8") == 60
+    assert ranks.layers_that_fit(int(1.01 * weights), "fp8") == 61
+
+
 def test_nvcc_is_counted_for_our_kernel_alone(tmp_path: Path) -> None:
     variables, calls = ranks.counted_nvcc(tmp_path)
     for source in ("other.cu", ranks.KERNEL_SOURCE):
