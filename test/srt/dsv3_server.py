@@ -26,6 +26,7 @@ import torch
 
 from sglang_router_gemm.doctor import installed_versions
 
+DEEPSEEK_V3_LAYERS = 61
 VOCAB_SIZE = 8192
 STARTUP_TIMEOUT_S = 420
 REQUEST_TIMEOUT_S = 120
@@ -38,12 +39,17 @@ def argument_parser(
 
     Args:
         description: the script's docstring, of which the first line is shown.
-        num_layers: None where it depends on the GPUs.
+        num_layers: None for as many as fit.
     """
     parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
     parser.add_argument("--output-dir", type=Path, default=Path("results"))
     parser.add_argument("--backend", default=backend, help="compared with off")
-    parser.add_argument("--num-layers", type=int, default=num_layers, help="dense ones come first")
+    parser.add_argument(
+        "--num-layers",
+        type=int,
+        default=num_layers,
+        help=f"dense ones come first (default: {num_layers or 'as many as fit'})",
+    )
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("server_options", nargs="*", help="for SGLang's server, after --")
     return parser

@@ -25,10 +25,12 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from dsv3_server import (
+    DEEPSEEK_V3_LAYERS,
     Server,
     argument_parser,
     environment,
@@ -41,8 +43,7 @@ from tabulate import tabulate
 
 from sglang.srt.utils.router_gemm import jit
 
-DEEPSEEK_V3_LAYERS = 61
-# Of all GPUs' memory. Of the rest, SGLang takes a part for the KV cache, 10 %.
+# Of the GPUs' memory: what the weights may take, and what they and the KV cache take together.
 WEIGHTS_SHARE, STATIC_SHARE = 0.75, 0.85
 PROMPTS, NEW_TOKENS = 32, 32
 DUMPED_PROMPTS = range(1, 17)
@@ -51,26 +52,22 @@ KERNEL_SOURCE = "cluster_router_gemm.cu"
 
 def layers_that_fit(memory: int, dtype: str) -> int:
     """How many of DeepSeek-V3's layers have their weights in `WEIGHTS_SHARE` of `memory` bytes."""
-    config = full_width_config(DEEPSEEK_V3_LAYERS, dtype)
-    hidden, heads, q_rank, kv_rank, nope, rope, v_head = (
-        config[name]
-        for name in (
-            "hidden_size",
-            "num_attention_heads",
-            "q_lora_rank",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-        )
+    config = SimpleNamespace(**full_width_config(DEEPSEEK_V3_LAYERS, dtype))
+    query_key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    attention = config.hidden_size * (
+        config.q_lora_rank
+        + config.kv_lora_rank
+        + config.qk_rope_head_dim
+        + config.num_attention_heads * config.v_head_dim
+    ) + config.num_attention_heads * (
+        config.q_lora_rank * query_key
+        + config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
     )
-    attention = hidden * (q_rank + kv_rank + rope + heads * v_head)
-    attention += heads * (q_rank * (nope + rope) + kv_rank * (nope + v_head))
-    experts = config["n_routed_experts"] + config["n_shared_experts"]
-    dense = attention + 3 * hidden * config["intermediate_size"]
-    sparse = attention + 3 * hidden * config["moe_intermediate_size"] * experts
+    experts = config.n_routed_experts + config.n_shared_experts
+    dense = attention + 3 * config.hidden_size * config.intermediate_size
+    sparse = attention + 3 * config.hidden_size * config.moe_intermediate_size * experts
     budget = WEIGHTS_SHARE * memory / (1 if dtype == "fp8" else 2)
-    num_dense = config["first_k_dense_replace"]
+    num_dense = config.first_k_dense_replace
     fit = num_dense + int((budget - num_dense * dense) // sparse)
     return max(num_dense + 1, min(fit, DEEPSEEK_V3_LAYERS))
 

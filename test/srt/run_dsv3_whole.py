@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from dsv3_server import (
+    DEEPSEEK_V3_LAYERS,
     Server,
     argument_parser,
     deepseek_v3_config,
@@ -318,7 +319,7 @@ def plot(series: dict[str, dict[int, list[float]]], title: str, path: Path) -> l
 
 
 def main() -> int:
-    parser = argument_parser(__doc__, backend="auto", num_layers=61)
+    parser = argument_parser(__doc__, backend="auto", num_layers=DEEPSEEK_V3_LAYERS)
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8")
     parser.add_argument("--starts", type=int, default=5, help="of each backend")
