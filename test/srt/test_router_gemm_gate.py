@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 CONFIG = SimpleNamespace(n_routed_experts=256, hidden_size=7168, topk_method="noaux_tc")
 LOADED = kernels._Target("flashinfer", 0, 256, 7168)
 FLASHINFER_OP = torch.ops.sglang.flashinfer_dsv3_router_gemm
+CLUSTER_OP = torch.ops.sglang.cluster_router_gemm
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +109,42 @@ def test_an_old_flashinfer_has_no_such_kernel(monkeypatch: pytest.MonkeyPatch) -
 
 MISSING = """
 import sys
-sys.modules["flashinfer"] = None
+sys.modules["{module}"] = None
 import importlib.metadata as metadata
 found = metadata.version
 def version(name):
-    if name == "flashinfer-python" and {absent}:
+    if name == "{distribution}" and {absent}:
         raise metadata.PackageNotFoundError(name)
     return found(name)
 metadata.version = version
 from sglang.srt.utils.router_gemm import kernels
-print(kernels.missing("flashinfer", 100))
+print(kernels.missing("{backend}", 100))
 """
 
 
 @pytest.mark.parametrize(
+    ("backend", "module", "distribution"),
+    [
+        ("flashinfer", "flashinfer", "flashinfer-python"),
+        ("sgl_kernel", "sgl_kernel", "sglang-kernel"),
+        ("cluster", "tvm_ffi", "apache-tvm-ffi"),
+    ],
+)
+@pytest.mark.parametrize(
     ("absent", "reason"), [(True, "is not installed"), (False, "cannot be imported")]
 )
-def test_flashinfer_absent_or_broken(
-    absent: bool, reason: str, run_python: Callable[..., str]
+def test_a_package_that_is_absent_or_broken(
+    backend: str,
+    module: str,
+    distribution: str,
+    absent: bool,
+    reason: str,
+    run_python: Callable[..., str],
 ) -> None:
-    assert reason in run_python(MISSING.format(absent=absent))
+    code = MISSING.format(module=module, distribution=distribution, absent=absent, backend=backend)
+    said = run_python(code)
+    assert distribution in said
+    assert reason in said
 
 
 def test_a_kernel_that_was_not_loaded_is_unavailable() -> None:
@@ -294,6 +311,10 @@ class Tracer:
     def takes_the_op(self) -> bool:
         return self.takes(FLASHINFER_OP)
 
+    @property
+    def takes_a_kernel(self) -> bool:
+        return self.takes(FLASHINFER_OP) or self.takes(CLUSTER_OP)
+
     def takes(self, op: object) -> bool:
         return any(node.target is op for node in self.graphs[-1].nodes)
 
@@ -341,7 +362,7 @@ def test_auto_on_hopper_takes_cluster(
     monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
-    assert traced.takes(torch.ops.sglang.cluster_router_gemm)
+    assert traced.takes(CLUSTER_OP)
 
 
 def test_auto_on_hopper_without_the_kernel_is_sglangs_own_forward(
@@ -350,8 +371,7 @@ def test_auto_on_hopper_without_the_kernel_is_sglangs_own_forward(
     on_gpu(90)
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
-    assert not traced.takes_the_op
-    assert not traced.takes(torch.ops.sglang.cluster_router_gemm)
+    assert not traced.takes_a_kernel
 
 
 @pytest.mark.parametrize("build", [sglang_gate, build_deepseek_v2_gate])
@@ -367,7 +387,7 @@ def test_a_forced_cluster_serves_every_m_in_one_graph(
     for num_tokens in (1, 2, 16, 17, 64, 128, 129, 300):
         logits = traced(num_tokens)
         assert (logits.shape, logits.dtype) == ((num_tokens, 256), torch.float32)
-        assert traced.takes(torch.ops.sglang.cluster_router_gemm)
+        assert traced.takes(CLUSTER_OP)
     assert len(traced.graphs) <= 2
 
 
@@ -393,15 +413,36 @@ def test_another_weight_is_sglangs_own_forward(
     assert not traced.takes_the_op
 
 
+@pytest.mark.parametrize(("sm", "requested"), [(90, "auto"), (90, "cluster"), (100, "auto")])
 def test_deterministic_inference_is_sglangs_own_forward(
-    on_gpu: Callable[[int], None], publish_server_args: Callable[..., None]
+    sm: int,
+    requested: str,
+    on_gpu: Callable[[int], None],
+    publish_server_args: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_gpu(100)
+    on_gpu(sm)
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", requested)
     gate = _on_fake_cuda(sglang_gate(CPU))
+    traced = Tracer(gate)
+    traced(8)
+    assert traced.takes_a_kernel
     publish_server_args(enable_deterministic_inference=True)
     traced = Tracer(gate)
     traced(8)
-    assert not traced.takes_the_op
+    assert not traced.takes_a_kernel
+
+
+@pytest.mark.parametrize("sm", [80, 89, 121, 130])
+def test_auto_on_a_gpu_that_nobody_measured_is_sglangs_own_forward(
+    sm: int, on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(sm)
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8)
+    assert not traced.takes_a_kernel
 
 
 def test_a_context_parallel_prefill_is_sglangs_own_forward(on_gpu: Callable[[int], None]) -> None:

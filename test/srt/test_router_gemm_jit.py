@@ -160,6 +160,11 @@ def test_a_broken_nvcc(script: str, problem: str, use_nvcc: Callable[[str], Path
         jit.build(SPEC)
 
 
+def test_an_sm_that_nvcc_does_not_know(cache: Path) -> None:
+    with pytest.raises(jit.BuildError, match=r"exits with 1: .*compute_300"):
+        jit.build(cluster.spec(256, 7168, 300))
+
+
 def test_a_missing_nvcc(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(jit.BuildError, match="nvcc is missing; install the CUDA toolkit"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -134,15 +135,20 @@ def _compile(spec: Spec, library: Path) -> None:
             command, capture_output=True, text=True, check=False, timeout=_BUILD_TIMEOUT_S
         )
         if done.returncode != 0:
-            lines = (done.stderr + done.stdout).strip().splitlines()
-            error = next((line for line in lines if "error" in line.lower()), "no message")
-            raise BuildError(f"{command[0]} exits with {done.returncode}: {error}")
+            said = _first_complaint(done.stderr + done.stdout)
+            raise BuildError(f"{command[0]} exits with {done.returncode}: {said}")
         _digest_file(library).write_text(_digest(partial))
         partial.replace(library)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} takes more than {_BUILD_TIMEOUT_S} s") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _first_complaint(output: str) -> str:
+    """The line of nvcc's output that says what is wrong: an error, or "nvcc fatal"."""
+    found = re.search(r"^.*\b(error|fatal)\b.*$", output, re.IGNORECASE | re.MULTILINE)
+    return found[0].strip() if found else "no message"
 
 
 def _digest_file(library: Path) -> Path:
