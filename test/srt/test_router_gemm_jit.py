@@ -190,6 +190,47 @@ def test_a_cache_that_others_may_write_is_not_loaded_from(cache: Path) -> None:
     assert callable(jit.load(SPEC).run)
 
 
+@pytest.mark.parametrize("umask", [0o002, 0o000])
+def test_any_umask_will_do(umask: int, cache: Path) -> None:
+    before = os.umask(umask)
+    try:
+        library = jit.build(SPEC)
+    finally:
+        os.umask(before)
+    assert jit.build(SPEC) == library
+    assert [path.stat().st_mode & 0o777 for path in (library, library.parent, cache)] == [0o700] * 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_group_may_write_only_where_it_is_the_users_own(cache: Path) -> None:
+    library = jit.build(SPEC)
+    cache.chmod(0o770)
+    assert jit.build(SPEC) == library
+    os.chown(cache, -1, 1234)
+    cache.chmod(0o770)
+    with pytest.raises(jit.BuildError, match=r"is writable by others \(mode 770\)"):
+        jit.build(SPEC)
+
+
+def test_flashinfers_cache_is_not_loaded_from_where_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashinfer.jit import env
+
+    monkeypatch.setattr(env, "FLASHINFER_JIT_DIR", tmp_path / "cached_ops")
+    kernels._check_flashinfer_cache()  # nothing there yet
+    library = tmp_path / "cached_ops/dsv3_router_gemm/dsv3_router_gemm.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    kernels._check_flashinfer_cache()
+    for path in (library, library.parent, library.parents[1]):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        with pytest.raises(jit.BuildError, match="is writable by others"):
+            kernels._check_flashinfer_cache()
+        path.chmod(mode)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_a_binary_of_another_user_is_not_loaded(cache: Path) -> None:
     library = jit.build(SPEC)

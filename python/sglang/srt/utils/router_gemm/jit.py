@@ -86,7 +86,7 @@ def build(spec: Spec) -> Path:
             with FileLock(folder / "lock", timeout=_BUILD_TIMEOUT_S):
                 if not _is_whole(library):
                     _compile(spec, library)
-        _check_trusted(library)
+        check_trusted(library)
     except Timeout as error:
         raise BuildError(f"{folder} is locked for {_BUILD_TIMEOUT_S} s") from error
     except OSError as error:
@@ -137,6 +137,7 @@ def _compile(spec: Spec, library: Path) -> None:
         if done.returncode != 0:
             said = _first_complaint(done.stderr + done.stdout)
             raise BuildError(f"{command[0]} exits with {done.returncode}: {said}")
+        partial.chmod(0o700)  # whatever the umask is
         _digest_file(library).write_text(_digest(partial))
         partial.replace(library)
     except subprocess.TimeoutExpired as error:
@@ -168,15 +169,23 @@ def _is_whole(library: Path) -> bool:
 
 
 def _make_private(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _check_trusted(folder.parent)
-    _check_trusted(folder)
+    for each in (folder.parent, folder):  # one by one: the mode is only that of the last
+        each.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_trusted(each)
 
 
-def _check_trusted(path: Path) -> None:
-    """Nobody but this user and root may have written what is about to run."""
+def check_trusted(path: Path) -> None:
+    """Nobody but this user and root may have written what is about to run.
+
+    A group may write where it has its owner's number: that is a user's private group,
+    for which many distributions set the umask to 002.
+
+    Raises:
+        BuildError: somebody else may; it says who, and where.
+    """
     found = path.stat()
     if found.st_uid not in (os.geteuid(), 0):
         raise BuildError(f"{path} belongs to user {found.st_uid}, must be yours or root's")
-    if found.st_mode & 0o022:
+    others = 0o002 if found.st_gid == found.st_uid else 0o022
+    if found.st_mode & others:
         raise BuildError(f"{path} is writable by others (mode {found.st_mode & 0o777:o})")

@@ -42,6 +42,8 @@ class _Compiled(NamedTuple):
     first launched."""
     hint: str
     """What to do where it does not load."""
+    check_cache: Callable[[], None] = lambda: None
+    """Raises where others may have written what would be loaded; no-op if `run` does so."""
 
 
 # Why a compiled kernel cannot be called; None once it can.
@@ -163,6 +165,7 @@ def _check_compiled(
     compiled: _Compiled, device: torch.device, num_experts: int, hidden_size: int
 ) -> None:
     """Runs the kernel once for each M that matters, and compares with fp64."""
+    compiled.check_cache()
     every_m = compiled.num_tokens
     # A generator of its own: the global one seeds dummy weights and sampling.
     generator = torch.Generator(device).manual_seed(0)
@@ -200,6 +203,18 @@ def run_cluster(
     cluster_router_gemm.run(module, hidden_states, weight, logits, pdl)
 
 
+def _check_flashinfer_cache() -> None:
+    """FlashInfer itself loads whatever lies there."""
+    from flashinfer.jit import env
+
+    from sglang.srt.utils.router_gemm import jit
+
+    folder = env.FLASHINFER_JIT_DIR
+    for path in (folder, *folder.glob("dsv3_router_gemm*"), *folder.glob("dsv3_router_gemm*/*.so")):
+        if path.exists():
+            jit.check_trusted(path)
+
+
 def run_flashinfer(
     logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
 ) -> None:
@@ -230,6 +245,7 @@ _COMPILED = {
         range(1, 17),
         "FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set CUDA_HOME, or "
         "install FlashInfer's prebuilt kernels (flashinfer-jit-cache)",
+        _check_flashinfer_cache,
     ),
 }
 
