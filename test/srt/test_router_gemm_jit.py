@@ -202,14 +202,18 @@ def test_any_umask_will_do(umask: int, cache: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_a_group_may_write_only_where_it_is_the_users_own(cache: Path) -> None:
-    library = jit.build(SPEC)
-    cache.chmod(0o770)
-    assert jit.build(SPEC) == library
-    os.chown(cache, -1, 1234)
-    cache.chmod(0o770)
-    with pytest.raises(jit.BuildError, match=r"is writable by others \(mode 770\)"):
-        jit.build(SPEC)
+@pytest.mark.parametrize(("group", "trusted"), [(0, True), (1234, True), (5678, False)])
+def test_a_group_may_write_where_it_is_the_users_own_or_roots(
+    group: int, trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    os.chown(tmp_path, 1234, group)
+    tmp_path.chmod(0o770)
+    if trusted:
+        jit.check_trusted(tmp_path)
+    else:
+        with pytest.raises(jit.BuildError, match=r"is writable by others \(mode 770\)"):
+            jit.check_trusted(tmp_path)
 
 
 def test_flashinfers_cache_is_not_loaded_from_where_others_may_write(

@@ -177,8 +177,9 @@ def _make_private(folder: Path) -> None:
 def check_trusted(path: Path) -> None:
     """Nobody but this user and root may have written what is about to run.
 
-    A group may write where it has its owner's number: that is a user's private group,
-    for which many distributions set the umask to 002.
+    A group may write where it has its owner's number, or 0: that is a user's private
+    group, for which many distributions set the umask to 002, or root's, in which
+    containers run whose user is picked by the platform.
 
     Raises:
         BuildError: somebody else may; it says who, and where.
@@ -186,6 +187,6 @@ def check_trusted(path: Path) -> None:
     found = path.stat()
     if found.st_uid not in (os.geteuid(), 0):
         raise BuildError(f"{path} belongs to user {found.st_uid}, must be yours or root's")
-    others = 0o002 if found.st_gid == found.st_uid else 0o022
+    others = 0o002 if found.st_gid in (found.st_uid, 0) else 0o022
     if found.st_mode & others:
         raise BuildError(f"{path} is writable by others (mode {found.st_mode & 0o777:o})")
