@@ -17,7 +17,7 @@ import run_dsv3_ranks as ranks
 import run_dsv3_whole as whole
 import torch
 from dsv3_server import Server, full_width_config, patch_taken
-from dsv3_trace import last_step
+from dsv3_trace import last_step, routing_us
 
 
 def test_the_load_has_short_and_long_prompts_and_gives_some_up() -> None:
@@ -47,6 +47,37 @@ def test_a_failed_request_is_counted_and_the_load_goes_on() -> None:
         request = load.Request([7] * 12, 4, aborted)
         assert load.send(nobody_listens, errors, request) is None
     assert [error.split(": ")[:2] for error in errors] == [["12 tokens", "ConnectionError"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("memory_mib", "flat"),
+    [
+        ([100], False),
+        ([100, 100], False),
+        ([100, 100, 100], True),
+        ([100, 1060, 1060, 1060], True),
+        ([100, 1060, 1060, 1125], False),
+        ([100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100], False),
+    ],
+)
+def test_an_allocator_that_takes_a_block_is_no_leak(memory_mib: list[int], flat: bool) -> None:
+    assert load.is_flat(memory_mib) == flat
+
+
+def test_a_server_that_leaks_is_not_loaded_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter(range(0, 100_000, 1000))
+    monkeypatch.setattr(load, "used_mib", lambda: next(used))
+    monkeypatch.setattr(
+        load, "load", lambda server, done, clients: done.memory_mib.append(next(used))
+    )
+    done = load.Pass("auto")
+    load.load_until_flat(Server.__new__(Server), done)
+    assert len(done.memory_mib) == load.MOST_ROUNDS + 1
+    text, results = load.report(
+        {}, "", [load.Pass(name) for name in ("off", "auto", "off")], [done]
+    )
+    assert "10000: still growing" in text
+    assert results["errors"] == []
 
 
 def test_the_saving_of_a_step_is_shared_among_the_gates() -> None:
@@ -177,6 +208,19 @@ def test_a_gate_that_waits_overlaps_nothing() -> None:
     assert (gate.kernel, gate.overlap_us, gate.after) == ("tiny_n_gemm_kernel", 0.0, "")
     [alone] = last_step(events[1:], num_gates=1, first_layer=1)
     assert (alone.before, alone.overlap_us) == ("", 0.0)
+
+
+def test_a_gate_is_timed_from_the_norm_to_the_top_k() -> None:
+    """Of two steps the first, maybe a prefill, is left out; so is a top-k without a norm."""
+    events = trace(steps=2, gates=4)
+    assert routing_us(events) == [5.0] * 4  # the norm ends at 5, the top-k at 10
+    for event in events:
+        if event.get("ts", 0) >= 400 and "topk" in event["name"]:
+            event["dur"] = 3
+    assert routing_us(events) == [6.0] * 4
+    assert routing_us([kernel("topk_kernel", 0, 1), kernel("topk_kernel", 5, 1)]) == []
+    [table] = decode.routing_rows({64: [[8.0, 8.5, 9.0], [11.0, 11.25, 11.5]], 1: [[], [9.0]]})
+    assert table == ("64", "8.50 (8.00-9.00)", "11.25 (11.00-11.50)", "2.75")
 
 
 def test_the_benchmark_promises_what_58_gates_save() -> None:
