@@ -159,7 +159,7 @@ def write(
             "From the end of the norm ahead of a gate to the end of the top-k behind it, in a "
             f"profile of {PROFILED_STEPS} steps, median and quartiles of the layers:",
             table(routing_rows(spans), [*headers, "saved, µs"]),
-            "```\n" + "\n".join(policy) + "\n```",
+            *(["```\n" + "\n".join(policy) + "\n```"] if policy else []),
         ]
     )
     (folder / "dsv3_decode.md").write_text(text + "\n")
