@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,16 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+def write_nvcc(home: Path, script: str) -> None:
+    """Makes `home` a CUDA_HOME whose nvcc is a shell script; `$NVCC` in it is the real one."""
+    from sglang.srt.utils.router_gemm import jit  # needs TVM FFI, which not every test does
+
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True, exist_ok=True)
+    nvcc.write_text(f"#!/bin/sh\nNVCC={jit.find_nvcc()}\n{script}\n")
+    nvcc.chmod(0o755)
 
 
 def random_inputs(

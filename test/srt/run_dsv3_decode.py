@@ -146,6 +146,11 @@ def write(
     num_rounds = len(next(iter(steps.values()))[0])
     headers = ["batch", *(f"{name}, µs" for name in backends)]
     table = partial(tabulate, tablefmt="github", disable_numparse=True)
+    profiled = [
+        "From the end of the norm ahead of a gate to the end of the top-k behind it, in a "
+        f"profile of {PROFILED_STEPS} steps, median and quartiles of the layers:",
+        table(routing_rows(spans), [*headers, "saved, µs"]),
+    ]
     text = "\n\n".join(
         [
             "# Decode step time of SGLang's server on a DeepSeek-V3-shaped model",
@@ -156,9 +161,7 @@ def write(
             "each.",
             f"```\n{servers[0].shown_command}\n```",
             table(rows(steps, num_gates), [*headers, "ratio", "saved per gate, µs"]),
-            "From the end of the norm ahead of a gate to the end of the top-k behind it, in a "
-            f"profile of {PROFILED_STEPS} steps, median and quartiles of the layers:",
-            table(routing_rows(spans), [*headers, "saved, µs"]),
+            *(profiled if spans else []),
             *(["```\n" + "\n".join(policy) + "\n```"] if policy else []),
         ]
     )

@@ -51,7 +51,7 @@ from dsv3_server import (
     running,
 )
 from dsv3_trace import last_step, profiled_events
-from run_dsv3_decode import PROMPT_TOKENS, quartiles, rows, step_us
+from run_dsv3_decode import PROMPT_TOKENS, quartiles, rows, shown_quartiles, step_us
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -207,7 +207,7 @@ def step_table(results: Results) -> str:
     table = []
     for row, (size, pair) in zip(rows(steps, results["num_gates"]), steps.items(), strict=True):
         promised = results["chain"]["promised_us"].get(str(size))
-        saved = "{1:.0f} ({0:.0f}-{2:.0f})".format(*quartiles(savings(pair)))
+        saved = shown_quartiles(savings(pair), 0)
         table.append((*row, saved, "" if promised is None else f"{promised:.0f}"))
     times = [f"{backend}, µs" for backend in results["backends"]]
     saving = ["saved per gate, µs", "saved per step, µs", "`chain` promises, µs"]

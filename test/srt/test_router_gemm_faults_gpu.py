@@ -6,7 +6,6 @@ or SGLang's path does after one warning with the reason. nvcc never runs twice.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import write_nvcc
 
 from sglang.srt.utils.router_gemm import cluster_router_gemm as cluster
 from sglang.srt.utils.router_gemm import jit
@@ -65,7 +65,6 @@ class Machine:
             "SGLANG_ROUTER_GEMM_BACKEND": "cluster",
         }
         shutil.copytree(built, self.cache)
-        (self.home / "bin").mkdir(parents=True)
         self.nvcc('exec "$NVCC" "$@"')
 
     @property
@@ -74,10 +73,8 @@ class Machine:
         return found
 
     def nvcc(self, script: str) -> None:
-        """Puts a shell script in nvcc's place; `$NVCC` in it is the real one."""
-        nvcc = self.home / "bin" / "nvcc"
-        nvcc.write_text(f"#!/bin/sh\nNVCC={jit.find_nvcc()}\necho x >> {self.count}\n{script}\n")
-        nvcc.chmod(0o755)
+        """As `write_nvcc`, and each run of it is counted."""
+        write_nvcc(self.home, f"echo x >> {self.count}\n{script}")
 
     def without_nvcc(self) -> None:
         (self.home / "bin/nvcc").unlink()
@@ -141,8 +138,7 @@ def _cut_off_without_nvcc(machine: Machine) -> None:
 def _replace_library(machine: Machine, library: bytes) -> None:
     """In place, so that its mode stays, and as whole as what the compiler wrote."""
     machine.library.write_bytes(library)
-    digest = machine.library.with_suffix(".sha256")
-    digest.write_text(hashlib.sha256(library).hexdigest())
+    jit._digest_file(machine.library).write_text(jit._digest(machine.library))
 
 
 def _no_library(machine: Machine) -> None:

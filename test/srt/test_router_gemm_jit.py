@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_nvcc
 
 from sglang.srt.utils.router_gemm import cluster_router_gemm as cluster
 from sglang.srt.utils.router_gemm import jit, kernels
@@ -33,15 +34,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def use_nvcc(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Puts a shell script in nvcc's place; `$NVCC` in it is the real one."""
+    """Puts the script of a `write_nvcc` in nvcc's place."""
 
     def use(script: str) -> Path:
-        real = jit.find_nvcc()
         home = tmp_path / "cuda"
-        (home / "bin").mkdir(parents=True)
-        nvcc = home / "bin" / "nvcc"
-        nvcc.write_text(f"#!/bin/sh\nNVCC={real}\n{script}\n")
-        nvcc.chmod(0o755)
+        write_nvcc(home, script)
         monkeypatch.setenv("CUDA_HOME", str(home))
         jit.find_nvcc.cache_clear()
         return home
