@@ -10,5 +10,5 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 class EditableHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         build_data["force_include_editable"] = {
-            "python/sglang_router_gemm.pth": "sglang_router_gemm.pth"
+            "plugin/sglang_router_gemm.pth": "sglang_router_gemm.pth"
         }

@@ -72,7 +72,7 @@ def run_python() -> Callable[..., str]:
 
 def write_nvcc(home: Path, script: str) -> None:
     """Makes `home` a CUDA_HOME whose nvcc is a shell script; `$NVCC` in it is the real one."""
-    from sglang.srt.utils.router_gemm import jit  # needs TVM FFI, which not every test does
+    from sglang.srt.layers.moe_router import jit  # needs TVM FFI, which not every test does
 
     nvcc = home / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True, exist_ok=True)

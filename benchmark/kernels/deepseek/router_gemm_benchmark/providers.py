@@ -298,7 +298,7 @@ def _cublas(device: torch.device) -> Gemm:
 def _ours(num_experts: int, hidden_size: int, device: torch.device) -> list[Provider]:
     """The backends of this project: whatever the policy's table lists."""
     try:
-        from sglang.srt.utils.router_gemm.policy import RULES
+        from sglang.srt.layers.moe_router.policy import RULES
     except Exception as error:
         reason = phrase(error)
 
@@ -310,8 +310,8 @@ def _ours(num_experts: int, hidden_size: int, device: torch.device) -> list[Prov
 
 
 def _backend(name: str, num_experts: int, hidden_size: int, device: torch.device) -> Provider:
-    from sglang.srt.utils.router_gemm.call import RouterGemmCall, device_sm
-    from sglang.srt.utils.router_gemm.policy import refuse
+    from sglang.srt.layers.moe_router.call import RouterGemmCall, device_sm
+    from sglang.srt.layers.moe_router.policy import refuse
 
     sm = device_sm(device.type, device.index)
 
@@ -322,7 +322,7 @@ def _backend(name: str, num_experts: int, hidden_size: int, device: torch.device
 
     def make() -> Gemm:
         from sglang.srt.models.deepseek_v2_gate import fast_router_logits, prepare_router_gemm
-        from sglang.srt.utils.router_gemm import kernels
+        from sglang.srt.layers.moe_router import kernels
 
         reason = refusal(None)
         if reason is None:

@@ -1,0 +1,102 @@
+"""The console script `sglang-router-gemm`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sglang_router_gemm import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sglang-router-gemm",
+        description="DeepSeek-V3's router GEMM for SGLang: what runs here, and is it right.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser(
+        "doctor",
+        help="show the GPU, the versions, the settings, and the path each model's gate takes",
+        description="Shows which path the gate of each model takes here, and why not the fast "
+        "one. Exits with 1 where a forced backend cannot serve DeepSeek-V3.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    commands.add_parser(
+        "check",
+        help="run SGLang's gate, with the plugin, and compare its logits with fp64",
+        description="Runs SGLang's own MoEGate, hooked by SGLang's plugin loader, and "
+        "DeepseekV2Gate, for M = 1 to 64 on the GPU or else the CPU, and compares the logits "
+        "with fp64. Exits with 1 where they differ by more than rounding.",
+    )
+    prebuild = commands.add_parser(
+        "prebuild",
+        help="build a backend's kernels now, without a GPU, so that the server does not",
+        description="Builds every kernel that would otherwise be compiled when the server "
+        "starts. Needs nvcc and no GPU. Exits with 1 where a build fails.",
+    )
+    prebuild.add_argument(
+        "--backend",
+        choices=("flashinfer", "cluster"),
+        default="flashinfer",
+        help="whose kernels; cluster's for the models that doctor lists (default: %(default)s)",
+    )
+    prebuild.add_argument(
+        "--arch",
+        nargs="+",
+        metavar="ARCH",
+        help="compute capabilities of the GPUs, as in 9.0a 10.0a (default: this machine's)",
+    )
+    prebuild.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to start the server with as FLASHINFER_WORKSPACE_BASE, for cluster as "
+        "TVM_FFI_CACHE_DIR (default: theirs)",
+    )
+    export = commands.add_parser(
+        "export",
+        help="turn a clean SGLang source checkout into the upstream PR",
+        description="Copies the in-tree files, the tests and the benchmark into an SGLang source "
+        "tree and edits its gate and its environ.py. Exits with 1, and changes nothing, where "
+        "that does not apply.",
+    )
+    export.add_argument("checkout", type=Path, metavar="CHECKOUT", help="SGLang's source tree")
+    only = export.add_mutually_exclusive_group()
+    only.add_argument("--check", action="store_true", help="say whether it applies, change nothing")
+    only.add_argument("--diff", action="store_true", help="print the diff, change nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit status; 2 stands for a bad setting."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.command == "prebuild":
+        from sglang_router_gemm import prebuild
+
+        return prebuild.run(arguments.backend, arguments.arch, arguments.out)
+    if arguments.command == "export":
+        try:
+            from sglang_router_gemm import export
+        except ModuleNotFoundError as error:
+            print(f"sglang-router-gemm: {error}; pip install '.[export]'", file=sys.stderr)
+            return 1
+        return export.run(arguments.checkout, check=arguments.check, diff=arguments.diff)
+    # Imported late: SGLang takes seconds, and --help needs none of it.
+    from sglang.srt.layers.moe_router.environ import pdl_enabled, requested_backend
+
+    try:
+        requested_backend()
+        pdl_enabled()
+    except ValueError as error:
+        print(f"sglang-router-gemm: {error}", file=sys.stderr)
+        return 2
+    if arguments.command == "doctor":
+        from sglang_router_gemm import doctor
+
+        return doctor.run(as_json=arguments.json)
+    from sglang_router_gemm import check
+
+    return check.run()

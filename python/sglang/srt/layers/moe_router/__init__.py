@@ -1,0 +1,12 @@
+"""The router of MoE models: from the gate's hidden_states to the logits of its experts.
+
+    models.py    the table of models, and what `auto` takes for each
+    environ.py   the two environment variables
+    backends.py  the backends, a record each: rule, load, run, what to install
+    plan.py      the decision, once a gate; what a call still has to ask
+    ops.py       the custom ops, safe under torch.compile
+    jit.py       nvcc: finding it, compiling, the cache
+
+A call goes one way: gate (sglang/srt/models/deepseek_v2_gate.py), plan, op or kernel.
+Our own kernel is `csrc/cluster_router_gemm.cuh`; `cluster_router_gemm.py` is its Python.
+"""

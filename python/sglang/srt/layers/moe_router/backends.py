@@ -1,0 +1,372 @@
+"""The backends: what each one's kernel takes, and how it is loaded and run.
+
+A backend is one record in `BACKENDS`. To add one, write its functions and its record; its
+op, its place in the settings, `doctor`, `prebuild` and README's table follow.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sglang.srt.layers.moe_router import cluster_router_gemm, flashinfer_router_gemm, jit
+from sglang.srt.layers.moe_router.packages import find_function, first_line
+
+logger = logging.getLogger(__name__)
+
+# The widest vector load of any kernel here.
+ALIGNMENT_BYTES = 16
+
+# The largest relative error against fp64 at which a kernel that was just loaded is
+# believed. fp32 accumulation over K = 7168 gives about 1e-7 (H100, 2026-11-27).
+_MAX_RELATIVE_ERROR = 1e-6
+
+
+class Target(NamedTuple):
+    """What a kernel is loaded for: a device, its SM, and the weight's N and K."""
+
+    device: torch.device
+    sm: int | None
+    num_experts: int
+    hidden_size: int
+
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""`run(hidden_states, weight, logits, pdl)` gives fp32 logits `[M, N]`, on the current stream.
+
+It writes and returns `logits`, or returns a tensor of its own where the library allocates.
+"""
+
+
+Loaded = tuple[Run, Sequence[int]]
+"""A kernel, and each M that is compared with fp64 before it is believed. One for each function
+that CUDA would otherwise load at its first launch, in a graph capture perhaps."""
+
+
+class Rule(NamedTuple):
+    """What one backend's kernel takes; None stands for 'any'."""
+
+    device_types: tuple[str, ...]
+    min_sm: int | None
+    num_experts: Sequence[int] | None
+    """A range in steps stands for the multiples of its step."""
+    hidden_sizes: Sequence[int] | None
+    num_tokens: range
+    dtypes: tuple[torch.dtype, ...]
+    any_layout: bool = False
+    """Strided and unaligned tensors too."""
+
+    def refuse_weight(self, target: Target, dtype: torch.dtype) -> str | None:
+        """Why no call with this weight can be served, as a phrase; None if some can."""
+        device_type, sm = target.device.type, target.sm
+        if device_type not in self.device_types:
+            return f"device is {device_type}, must be {either(self.device_types)}"
+        if self.min_sm is not None and (sm is None or sm < self.min_sm):
+            return f"SM is {sm}, must be {self.min_sm} or newer"
+        if self.num_experts is not None and target.num_experts not in self.num_experts:
+            return f"N is {target.num_experts}, must be {either(self.num_experts)}"
+        if self.hidden_sizes is not None and target.hidden_size not in self.hidden_sizes:
+            return f"K is {target.hidden_size}, must be {either(self.hidden_sizes)}"
+        if dtype not in self.dtypes:
+            return f"weight is {dtype}, must be {either(self.dtypes)}"
+        return None
+
+    def takes(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether a call is served, for a weight that is not refused."""
+        return hidden_states.shape[0] in self.num_tokens and self.takes_layout(
+            hidden_states, weight
+        )
+
+    def takes_layout(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, addresses: bool = True
+    ) -> bool:
+        """The same for any M. Without `addresses`, where they do not exist yet, also unaligned."""
+        return fits(hidden_states, weight) and (
+            self.any_layout
+            # FlashInfer < 0.7 does not check row strides.
+            or (hidden_states.is_contiguous() and weight.is_contiguous())
+            and (not addresses or is_aligned(hidden_states, weight))
+        )
+
+
+def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the two are `[M, K]` and `[N, K]`, of one dtype and on one device."""
+    return (
+        hidden_states.dim() == 2
+        and hidden_states.shape[1] == weight.shape[1]
+        and hidden_states.dtype == weight.dtype
+        and hidden_states.device == weight.device
+    )
+
+
+def is_aligned(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether both start at a multiple of `ALIGNMENT_BYTES`."""
+    return (hidden_states.data_ptr() | weight.data_ptr()) % ALIGNMENT_BYTES == 0
+
+
+def either(values: Sequence[object]) -> str:
+    """The values that a rule allows, as a phrase."""
+    if isinstance(values, range):
+        if values.step == 1:
+            return f"{values[0]} to {values[-1]}"
+        return f"a multiple of {values.step} up to {values[-1]}"
+    return " or ".join(map(str, values))
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """One way to compute the router GEMM."""
+
+    name: str
+    kernel: str
+    """Whose kernel it is, as a person calls it."""
+    rule: Rule
+    missing: Callable[[int | None], str | None]
+    """Why the installed packages have no kernel for an SM; None if they have."""
+    load: Callable[[Target], Loaded]
+    """Builds it where it must, and loads it. Raises whatever nvcc and the libraries raise."""
+    hint: str = ""
+    """What to install where it does not load."""
+    op: str | None = None
+    """The name of its custom op, in the namespace `sglang`; None where PyTorch's own serves."""
+    op_writes_logits: bool = False
+    """The op writes logits that the caller gives, as in SGLang PR 17707, and returns nothing."""
+    guards_device: bool = False
+    """It runs on its tensors' device, whichever is the current one."""
+    measured_sms: tuple[int, ...] | None = None
+    """Where this project timed its own kernel; None for somebody else's."""
+    build: Callable[[Target], str] | None = None
+    """Builds it without a GPU and returns the module's name; None if nothing is compiled."""
+    nvcc: Callable[[int], Path] | None = None
+    """The nvcc that a build for an SM would take. Raises `jit.BuildError` where there is none."""
+    cache_variable: str | None = None
+    """The environment variable that says where the compiled kernel is kept."""
+
+
+# ---- Loading -----------------------------------------------------------------------------------
+
+# What `load_kernel` came to: the kernel, or why it cannot be called.
+_loaded: dict[tuple[str, torch.device, tuple[int, ...]], Run | str] = {}
+
+
+def find_kernel(backend: Backend, device: torch.device, *shape: int) -> Run | str:
+    """The kernel for calls with weights of this shape, or why there is none, as a phrase.
+
+    It looks up what `load_kernel` left, and never loads: nothing is built on a request.
+    """
+    if backend.op is None:
+        return matmul_fp32
+    return _loaded.get((backend.name, device, shape), "its kernel was not loaded with the model")
+
+
+def load_kernel(backend: Backend, target: Target) -> Run | str:
+    """Builds, loads and checks a kernel, once a process. For model load only.
+
+    `cluster` and FlashInfer's are compiled by nvcc at the first start. Several processes
+    may come here at once: one compiles behind a file lock, and the others wait. It never
+    raises: it returns the kernel, or why it cannot be called, and so does `find_kernel`.
+    """
+    if backend.op is None:
+        return matmul_fp32
+    key = (backend.name, target.device, (target.num_experts, target.hidden_size))
+    if key in _loaded:
+        return _loaded[key]
+    name = f"{backend.kernel} [{target.num_experts}, {target.hidden_size}]"
+    logger.info("Router GEMM: loading %s; the first start builds it with nvcc.", name)
+    started = time.perf_counter()
+    try:
+        run, num_tokens = backend.load(target)
+        if not backend.guards_device:
+            run = _on_its_device(run)
+        _check(run, num_tokens, target)
+    except Exception as error:  # whatever nvcc, ninja, the driver or a library raises
+        logger.info("Router GEMM: %s did not load.", name, exc_info=True)
+        _loaded[key] = f"{name} did not load ({first_line(error)}); {backend.hint}"
+    else:
+        logger.info("Router GEMM: %s is ready after %.1f s.", name, time.perf_counter() - started)
+        _loaded[key] = run
+    return _loaded[key]
+
+
+def _check(run: Run, every_m: Sequence[int], target: Target) -> None:
+    """Runs the kernel once for each M that matters, and compares with fp64."""
+    num_experts, hidden_size = target.num_experts, target.hidden_size
+    # A generator of its own: the global one seeds dummy weights and sampling.
+    generator = torch.Generator(target.device).manual_seed(0)
+    random = functools.partial(
+        torch.randn, generator=generator, device=target.device, dtype=torch.bfloat16
+    )
+    with torch.no_grad(), torch.cuda.device(target.device):
+        weight = random(num_experts, hidden_size)
+        hidden_states = random(every_m[-1], hidden_size)
+        expected = hidden_states.double() @ weight.double().t()
+        for num_tokens in every_m:
+            logits = empty_logits(hidden_states[:num_tokens], weight).fill_(torch.nan)
+            logits = run(hidden_states[:num_tokens], weight, logits, False)
+            wrong = torch.dist(logits.double(), expected[:num_tokens])
+            error = float(wrong / expected[:num_tokens].norm())
+            if not error <= _MAX_RELATIVE_ERROR:
+                raise RuntimeError(
+                    f"it is off by {error:.1e} at M = {num_tokens}, must be within "
+                    f"{_MAX_RELATIVE_ERROR:.0e} of fp64"
+                )
+
+
+def empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 `[M, N]`, not written, where `hidden_states` is."""
+    # The dtype is said: while a model loads, SGLang's default dtype is the model's.
+    return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def device_sm(device: torch.device) -> int | None:
+    """10 * major + minor of an NVIDIA GPU's compute capability, None for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _on_its_device(run: Run) -> Run:
+    """Makes the tensors' device the current one, where it is another: kernels run there."""
+
+    def guarded(
+        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        if weight.device.index == torch.cuda.current_device():
+            return run(hidden_states, weight, logits, pdl)
+        with torch.cuda.device(weight.device):
+            return run(hidden_states, weight, logits, pdl)
+
+    return guarded
+
+
+# ---- sgl_kernel and torch ----------------------------------------------------------------------
+
+_SGL_KERNEL = ("sgl_kernel", "dsv3_router_gemm", "sglang-kernel")
+
+
+def _sgl_kernel_missing(sm: int | None) -> str | None:
+    kernel, reason = find_function(*_SGL_KERNEL)
+    return None if kernel is not None else reason
+
+
+def _load_sgl_kernel(target: Target) -> Loaded:
+    kernel, reason = find_function(*_SGL_KERNEL)
+    if kernel is None:
+        raise RuntimeError(reason)
+
+    def run(
+        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        # It allocates by itself, and reads TRTLLM_ENABLE_PDL for PDL.
+        found: torch.Tensor = kernel(hidden_states, weight, out_dtype=torch.float32)
+        return found
+
+    return run, range(1, 17)
+
+
+def matmul_fp32(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    logits: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """`hidden_states @ weight.T` in fp32: `[M, K]` and `[N, K]` give `[M, N]`.
+
+    16-bit operands on a CUDA device go to cuBLAS as they are and are accumulated and
+    returned in fp32. Elsewhere `torch.mm` has no `out_dtype`, and both are widened.
+    """
+    if hidden_states.is_cuda and hidden_states.dtype == weight.dtype != torch.float32:
+        return torch.mm(hidden_states, weight.t(), out_dtype=torch.float32, out=logits)
+    return torch.mm(hidden_states.float(), weight.float().t(), out=logits)
+
+
+# ---- The records -------------------------------------------------------------------------------
+
+_BF16 = (torch.bfloat16,)
+
+BACKENDS: Mapping[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="cluster",
+            kernel="cluster_router_gemm",
+            rule=Rule(
+                device_types=("cuda",),
+                min_sm=90,
+                num_experts=range(16, 1025, 16),
+                hidden_sizes=range(512, 8193, 512),
+                num_tokens=range(129),
+                dtypes=_BF16,
+            ),
+            missing=cluster_router_gemm.missing,
+            load=cluster_router_gemm.load,
+            hint="it is built with nvcc: install the CUDA toolkit and set CUDA_HOME",
+            op="cluster_router_gemm",
+            guards_device=True,
+            measured_sms=(90,),
+            build=cluster_router_gemm.build,
+            nvcc=jit.find_nvcc,
+            cache_variable="TVM_FFI_CACHE_DIR",
+        ),
+        Backend(
+            name="flashinfer",
+            kernel="FlashInfer's mm_M1_16_K7168_N256",
+            rule=Rule(
+                device_types=("cuda",),
+                min_sm=90,
+                num_experts=(256,),
+                hidden_sizes=(7168,),
+                num_tokens=range(1, 17),
+                dtypes=_BF16,
+            ),
+            missing=flashinfer_router_gemm.missing,
+            load=flashinfer_router_gemm.load,
+            hint="FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set "
+            "CUDA_HOME, or install FlashInfer's prebuilt kernels (flashinfer-jit-cache)",
+            op="flashinfer_dsv3_router_gemm",
+            op_writes_logits=True,
+            build=flashinfer_router_gemm.build,
+            nvcc=flashinfer_router_gemm.find_nvcc,
+            cache_variable="FLASHINFER_WORKSPACE_BASE",
+        ),
+        Backend(
+            name="sgl_kernel",
+            kernel="sgl-kernel's dsv3_router_gemm",
+            rule=Rule(
+                device_types=("cuda",),
+                min_sm=90,
+                num_experts=(256, 384),
+                hidden_sizes=(7168,),
+                num_tokens=range(1, 17),
+                dtypes=_BF16,
+            ),
+            missing=_sgl_kernel_missing,
+            load=_load_sgl_kernel,
+            hint="pip install 'sglang-kernel<=0.4.4'",
+            op="sgl_kernel_dsv3_router_gemm",
+        ),
+        Backend(
+            name="torch",
+            kernel="torch.mm",
+            rule=Rule(
+                device_types=("cuda", "cpu"),
+                min_sm=None,
+                num_experts=None,
+                hidden_sizes=None,
+                num_tokens=range(2**31),
+                dtypes=(torch.bfloat16, torch.float16),
+                any_layout=True,
+            ),
+            missing=lambda sm: None,
+            load=lambda target: (matmul_fp32, ()),
+        ),
+    )
+}

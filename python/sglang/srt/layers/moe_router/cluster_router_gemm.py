@@ -1,0 +1,77 @@
+"""`csrc/cluster_router_gemm.cuh` in Python: one compiled module for each N, K and SM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang.srt.layers.moe_router import jit
+from sglang.srt.layers.moe_router.packages import find_function
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.moe_router.backends import Loaded, Target
+
+SOURCE = Path(__file__).parent / "csrc" / "cluster_router_gemm.cu"
+
+
+def missing(sm: int | None) -> str | None:
+    """Why it cannot be built at all, as a phrase; None if it can."""
+    found, reason = find_function("tvm_ffi", "load_module", "apache-tvm-ffi")
+    return None if found is not None else reason
+
+
+def spec(num_experts: int, hidden_size: int, sm: int) -> jit.Spec:
+    """What is compiled for weights `[N, K]` on one SM."""
+    return jit.Spec(
+        name=f"cluster_router_gemm_n{num_experts}_k{hidden_size}_sm{sm}",
+        source=SOURCE,
+        sm=sm,
+        defines=(
+            ("ROUTER_GEMM_NUM_EXPERTS", num_experts),
+            ("ROUTER_GEMM_HIDDEN_SIZE", hidden_size),
+        ),
+    )
+
+
+def spec_of(target: Target) -> jit.Spec:
+    """The same, for what a gate needs."""
+    assert target.sm is not None
+    return spec(target.num_experts, target.hidden_size, target.sm)
+
+
+def load(target: Target) -> Loaded:
+    """Loads the kernel; builds it where it is not cached.
+
+    Raises:
+        jit.BuildError: there is no compiler, it fails, or the cache cannot be trusted.
+    """
+    module = jit.load(spec_of(target))
+    launch = module.run
+
+    def run(
+        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        launch(hidden_states, weight, logits, pdl)
+        return logits
+
+    return run, num_tokens_to_check(module)
+
+
+def num_tokens_to_check(module: Any) -> list[int]:
+    """The M at both edges of each of the module's kernels, ascending."""
+    largest = list(module.largest_num_tokens())
+    smallest = [1, *(each + 1 for each in largest[:-1])]
+    return sorted({*smallest, *largest})
+
+
+def build(target: Target) -> str:
+    """Compiles the kernel into the cache, without a GPU, and returns the module's name.
+
+    Raises:
+        jit.BuildError: as `load`.
+    """
+    built = spec_of(target)
+    jit.build(built)
+    return built.name

@@ -1,0 +1,72 @@
+"""The two environment variables, in SGLang's own `EnvField` types."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+from sglang.srt.environ import EnvBool, EnvField, EnvStr, envs
+from sglang.srt.layers.moe_router.backends import BACKENDS
+
+AUTO, OFF = "auto", "off"
+CHOICES = (AUTO, *BACKENDS, OFF)
+
+_Field = TypeVar("_Field", bound=EnvField)
+
+
+def _registered(name: str, field: _Field) -> _Field:
+    # A released SGLang does not have the two in its registry, the class Envs. That class
+    # names its fields through __set_name__ and then closes that door; fields that live
+    # outside of it are named by hand. No "or": a field has no truth value.
+    registered: _Field | None = getattr(envs, name, None)
+    if registered is not None:
+        return registered
+    field.name = name
+    return field
+
+
+SGLANG_ROUTER_GEMM_BACKEND: EnvStr = _registered("SGLANG_ROUTER_GEMM_BACKEND", EnvStr(AUTO))
+SGLANG_ROUTER_GEMM_PDL: EnvBool = _registered("SGLANG_ROUTER_GEMM_PDL", EnvBool(None))
+
+
+def requested_backend() -> str:
+    """What `SGLANG_ROUTER_GEMM_BACKEND` asks for, one of `CHOICES`.
+
+    Raises:
+        ValueError: the variable holds another name.
+    """
+    name = _text(SGLANG_ROUTER_GEMM_BACKEND) or AUTO
+    if name not in CHOICES:
+        raise ValueError(
+            f"SGLANG_ROUTER_GEMM_BACKEND is {name!r}, must be one of {', '.join(CHOICES)}"
+        )
+    return name
+
+
+def pdl_enabled() -> bool:
+    """Whether the router GEMM is launched with programmatic dependent launch (PDL).
+
+    `SGLANG_ROUTER_GEMM_PDL` decides; unset, SGLang's own switch `TRTLLM_ENABLE_PDL=0` turns
+    PDL off. The default is on.
+
+    Raises:
+        ValueError: `SGLANG_ROUTER_GEMM_PDL` holds something else than a boolean.
+    """
+    text = _text(SGLANG_ROUTER_GEMM_PDL)
+    if text is None:
+        return os.environ.get("TRTLLM_ENABLE_PDL") != "0"
+    try:
+        # Not get(): that takes the default for whatever is no boolean, with a warning.
+        enabled: bool = SGLANG_ROUTER_GEMM_PDL.parse(text)
+    except ValueError:
+        raise ValueError(
+            f"{SGLANG_ROUTER_GEMM_PDL.name} is {text!r}, must be true, 1, yes or y, or false, "
+            "0, no or n"
+        ) from None
+    return enabled
+
+
+def _text(field: EnvField) -> str | None:
+    """What the variable holds, None where it is unset, empty, or as `EnvField.set(None)` left it."""
+    text = os.environ.get(field.name)
+    return None if text in (None, "", str(None)) else text

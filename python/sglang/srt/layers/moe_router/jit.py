@@ -1,0 +1,244 @@
+"""Compiles one .cu file with nvcc into a TVM FFI module, cached on disk.
+
+`tvm_ffi.cpp.build` does this too, for the GPU that nvidia-smi names and with a CUDA
+toolkit that has `lib64`. Here the SM is given, so that it can be built without a GPU,
+the nvcc that comes as a wheel with SGLang serves as well, and what lies in the cache is
+loaded only if nobody else could have put it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+_BUILD_TIMEOUT_S = 600
+# With the features of exactly that GPU ("a"), as SGLang and FlashInfer compile.
+_FLAGS = ("-shared", "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-cudart", "static")
+
+
+class BuildError(Exception):
+    """Why a module cannot be had, in one line."""
+
+
+class Spec(NamedTuple):
+    """One module: a source, and what it is compiled with."""
+
+    name: str
+    source: Path
+    sm: int
+    defines: tuple[tuple[str, int], ...]
+
+    def flags(self) -> list[str]:
+        """nvcc's flags, without the paths of this machine."""
+        arch = f"-gencode=arch=compute_{self.sm}a,code=sm_{self.sm}a"
+        return [*_FLAGS, arch, *(f"-D{name}={value}" for name, value in self.defines)]
+
+    def key(self) -> str:
+        """Hash of everything that the binary depends on, but for the compiler.
+
+        An image may have the binary and no compiler.
+        """
+        import tvm_ffi
+
+        found = hashlib.sha256()
+        for file in sorted(self.source.parent.iterdir()):
+            if file.suffix in (".cu", ".cuh"):
+                found.update(file.read_bytes())
+        found.update(repr((self.flags(), tvm_ffi.__version__)).encode())
+        return found.hexdigest()[:16]
+
+
+def load(spec: Spec) -> Any:
+    """The module; builds it where the cache does not have it.
+
+    Several processes may call this at once: one builds, the others wait for it.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or the cache cannot be trusted.
+    """
+    import tvm_ffi
+
+    library = build(spec)
+    try:
+        return tvm_ffi.load_module(str(library))
+    except Exception as error:
+        raise BuildError(f"{library} does not load: {error}") from error
+
+
+def build(spec: Spec) -> Path:
+    """Path of the module, built where it is not cached.
+
+    Raises:
+        BuildError: as `load`.
+    """
+    library = library_path(spec)
+    folder = library.parent
+    try:
+        if not is_cached(spec):  # a cache that is whole need not be ours to write
+            _make_folder(folder)
+            with FileLock(folder / "lock", timeout=_BUILD_TIMEOUT_S, mode=0o644):
+                if not _is_whole(library):
+                    _compile(spec, library)
+        for path in (folder.parent, folder, library):
+            check_trusted(path)
+    except Timeout as error:
+        raise BuildError(f"{folder} is locked for {_BUILD_TIMEOUT_S} s") from error
+    except OSError as error:
+        raise BuildError(f"the cache {folder} cannot be used ({error})") from error
+    return library
+
+
+def library_path(spec: Spec) -> Path:
+    """Where the module lies in the cache, or will lie."""
+    return cache_folder() / f"{spec.name}_{spec.key()}" / "module.so"
+
+
+def is_cached(spec: Spec) -> bool:
+    """Whether the cache has the module, whole.
+
+    Raises:
+        OSError: the cache cannot be read.
+    """
+    return _is_whole(library_path(spec))
+
+
+def cache_folder() -> Path:
+    """Where TVM FFI keeps compiled modules: `TVM_FFI_CACHE_DIR` or its default.
+
+    Raises:
+        BuildError: the variable is not set, and this user has no home.
+    """
+    try:
+        return Path(os.environ.get("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi")).expanduser()
+    except RuntimeError as error:
+        raise BuildError(f"{error}: set HOME or TVM_FFI_CACHE_DIR") from error
+
+
+def find_nvcc(sm: int, candidates: Iterable[Path] | None = None) -> Path:
+    """The first nvcc that runs and knows the SM.
+
+    Args:
+        sm: 10 * major + minor of a compute capability.
+        candidates: where to look; by default `$CUDA_HOME/bin`, the PATH, /usr/local/cuda and
+            the wheels of this environment, in this order.
+
+    Raises:
+        BuildError: there is none; it says what was tried.
+    """
+    problems = []
+    for nvcc in dict.fromkeys(nvcc_candidates() if candidates is None else candidates):
+        problem = _nvcc_problem(nvcc, sm)
+        if problem is None:
+            return nvcc
+        problems.append(f"{nvcc} {problem}")
+    raise BuildError(
+        f"no nvcc for SM {sm} ({', '.join(problems)}); install the CUDA toolkit and set "
+        "CUDA_HOME, or pip install nvidia-cuda-nvcc"
+    )
+
+
+def nvcc_candidates() -> Iterator[Path]:
+    """Where an nvcc may be, the likeliest first."""
+    if cuda_home := os.environ.get("CUDA_HOME"):
+        yield Path(cuda_home, "bin", "nvcc")
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path)
+    yield Path("/usr/local/cuda/bin/nvcc")
+    yield from sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin/nvcc"))
+
+
+def _nvcc_problem(nvcc: Path, sm: int) -> str | None:
+    if shutil.which(nvcc) is None:
+        return "is missing"
+    try:
+        done = subprocess.run(
+            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run: {error}"
+    if done.returncode != 0:
+        return f"exits with {done.returncode}"
+    return None if f"sm_{sm}" in done.stdout.split() else f"does not know sm_{sm}"
+
+
+def _compile(spec: Spec, library: Path) -> None:
+    import tvm_ffi
+
+    package = Path(tvm_ffi.__file__).parent
+    partial = library.with_suffix(f".{os.getpid()}.so")
+    command = [str(find_nvcc(spec.sm)), *spec.flags(), f"-I{package / 'include'}", str(spec.source)]
+    command += ["-o", str(partial), f"-L{package / 'lib'}", "-ltvm_ffi"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_BUILD_TIMEOUT_S
+        )
+        if done.returncode != 0:
+            said = _first_complaint(done.stderr + done.stdout)
+            raise BuildError(f"{command[0]} exits with {done.returncode}: {said}")
+        digest = _digest_file(library)
+        digest.write_text(_digest(partial))
+        for file in (partial, digest):
+            file.chmod(0o644)  # whatever the umask is
+        partial.replace(library)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} takes more than {_BUILD_TIMEOUT_S} s") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _first_complaint(output: str) -> str:
+    """The line of nvcc's output that says what is wrong: an error, or "nvcc fatal"."""
+    found = re.search(r"^.*\b(error|fatal)\b.*$", output, re.IGNORECASE | re.MULTILINE)
+    return found[0].strip() if found else "no message"
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is what the compiler wrote: a cut-off library may crash the process."""
+    try:
+        return _digest_file(library).read_bytes() == _digest(library).encode()
+    except FileNotFoundError:
+        return False
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes what is missing of the cache: everybody may read it, its owner alone may write."""
+    for each in (folder.parent, folder):
+        if not each.is_dir():
+            each.mkdir(parents=True, exist_ok=True, mode=0o755)
+            each.chmod(0o755)  # whatever the umask is
+        check_trusted(each)
+
+
+def check_trusted(path: Path) -> None:
+    """Nobody but this user and root may have written what is about to run.
+
+    A group may write where it has its owner's number, or 0: that is a user's private
+    group, for which many distributions set the umask to 002, or root's, in which
+    containers run whose user is picked by the platform.
+
+    Raises:
+        BuildError: somebody else may; it says who, and where.
+    """
+    found = path.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise BuildError(f"{path} belongs to user {found.st_uid}, must be yours or root's")
+    others = 0o002 if found.st_gid in (found.st_uid, 0) else 0o022
+    if found.st_mode & others:
+        raise BuildError(f"{path} is writable by others (mode {found.st_mode & 0o777:o})")

@@ -1,0 +1,57 @@
+"""The one table: the models whose gates were measured, and what `auto` takes for each.
+
+To add a model, add a row. README.md, `doctor`, `prebuild` and the benchmark's shapes follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Auto(NamedTuple):
+    """What `auto` takes on one SM, and for which M: where it was seen to be the fastest."""
+
+    backend: str
+    num_tokens: range
+
+
+class Model(NamedTuple):
+    """One model's gate.
+
+    `num_experts` and `hidden_size` are N and K: `n_routed_experts` and `hidden_size` in its
+    config.json. `auto` is by SM, 10 * major + minor; every other SM is left to SGLang.
+    """
+
+    name: str
+    num_experts: int
+    hidden_size: int
+    auto: Mapping[int, Auto]
+
+
+# SGLang PRs 17707 (SM 100) and 23285 (SM 103); not measured by this project.
+_BLACKWELL = Auto("flashinfer", range(1, 17))
+
+# SM 90: docs/kernel.md. With fewer bytes of weights SGLang's own is faster at the smallest M.
+MODELS: tuple[Model, ...] = (
+    Model(
+        "DeepSeek-V3",
+        256,
+        7168,
+        {90: Auto("cluster", range(1, 129)), 100: _BLACKWELL, 103: _BLACKWELL},
+    ),
+    Model("Kimi-K2", 384, 7168, {90: Auto("cluster", range(1, 17))}),
+    Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),
+    Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}),
+    Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
+)
+
+DEEPSEEK_V3 = MODELS[0]
+
+
+def find_model(num_experts: int, hidden_size: int) -> Model | None:
+    """The row of this shape, None where the table has none."""
+    for model in MODELS:
+        if (model.num_experts, model.hidden_size) == (num_experts, hidden_size):
+            return model
+    return None

@@ -1,0 +1,134 @@
+"""The router GEMM as custom ops, which torch.compile does not look into: one a backend.
+
+An op is total: inside a compiled region M is symbolic, one graph serves every M, and
+SGLang's compiled prefill reuses it without guards. What the kernel does not take (M = 17,
+say) goes to an fp32-output matmul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sglang.srt.layers.moe_router.backends import (
+    BACKENDS,
+    Backend,
+    empty_logits,
+    find_kernel,
+    matmul_fp32,
+)
+from sglang.srt.layers.moe_router.environ import pdl_enabled
+from sglang.srt.utils.custom_op import register_custom_op
+
+
+def _compute(
+    backend: Backend,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What every op does: the backend's kernel where it serves, else a matmul."""
+    kernel = find_kernel(backend, weight.device, *weight.shape)
+    if isinstance(kernel, str) or not backend.rule.takes(hidden_states, weight):
+        _check_operands(hidden_states, weight)
+        return matmul_fp32(hidden_states, weight, logits)
+    if logits is None:
+        logits = empty_logits(hidden_states, weight)
+    return kernel(hidden_states, weight, logits, pdl_enabled())
+
+
+def _check_operands(hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
+    for name, tensor in (("hidden_states", hidden_states), ("weight", weight)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, must be a matrix")
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(
+                f"{name} is {tensor.dtype}, must be torch.bfloat16 (or another float of 16 or "
+                "32 bits, for an fp32-output matmul)"
+            )
+    if weight.dtype != hidden_states.dtype:
+        raise ValueError(f"weight is {weight.dtype}, must be {hidden_states.dtype}")
+    if weight.shape[1] != hidden_states.shape[1]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, must be [N, {hidden_states.shape[1]}]"
+        )
+    if weight.device != hidden_states.device:
+        raise ValueError(f"weight is on {weight.device}, must be on {hidden_states.device}")
+
+
+def _check_logits(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
+    expected = (hidden_states.shape[0], weight.shape[0])
+    if tuple(logits.shape) != expected:
+        raise ValueError(f"logits has shape {list(logits.shape)}, must be {list(expected)}")
+    if logits.dtype != torch.float32:
+        raise ValueError(f"logits is {logits.dtype}, must be torch.float32")
+    if not logits.is_contiguous():
+        raise ValueError(f"logits has strides {logits.stride()}, must be contiguous")
+    if logits.device != hidden_states.device:
+        raise ValueError(f"logits is on {logits.device}, must be on {hidden_states.device}")
+
+
+def _register(backend: Backend) -> Callable[..., torch.Tensor | None]:
+    assert backend.op is not None
+
+    def returning(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return _compute(backend, hidden_states, weight)
+
+    def writing(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
+        _check_logits(logits, hidden_states, weight)
+        _compute(backend, hidden_states, weight, logits)
+
+    impl: Callable[..., torch.Tensor | None] = returning
+    fake_impl: Callable[..., torch.Tensor | None] = empty_logits
+    if backend.op_writes_logits:
+        impl, fake_impl = writing, lambda logits, hidden_states, weight: None
+    # `register_custom_op` keeps whatever op already has the name. SGLang 0.5.11 to 0.5.14
+    # register `flashinfer_dsv3_router_gemm` when `deepseek_v2` is imported, with a schema that
+    # declares no mutated argument: torch.compile may then drop the call or move it, and the
+    # logits stay uninitialised. An op cannot be redefined, so ours moves to a name of its own.
+    taken = hasattr(torch.ops.sglang, backend.op)
+    op_name = f"{backend.op}_mutating" if taken else backend.op
+    op: Callable[..., torch.Tensor | None] = register_custom_op(
+        impl,
+        op_name=op_name,
+        mutates_args=["logits"] if backend.op_writes_logits else [],
+        fake_impl=fake_impl,
+    )
+    # SGLang registers for CUDA alone. No router kernel runs on a CPU, but a total op
+    # has an answer there too, so a graph traced for a GPU can be checked without one.
+    torch.library.register_kernel(f"sglang::{op_name}", "cpu", impl)
+    return op
+
+
+_OPS = {name: _register(backend) for name, backend in BACKENDS.items() if backend.op is not None}
+
+
+def router_gemm(backend: Backend, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`hidden_states @ weight.T` in fp32, through the op of `backend`.
+
+    Args:
+        backend: whose kernel, where it serves.
+        hidden_states: bf16 `[M, K]`, any M; fp16 and fp32 too, for the matmul.
+        weight: `[N, K]`, of the same dtype and on the same device.
+
+    Returns:
+        The logits, fp32 `[M, N]`. Up to M = 128 a row's bits do not depend on M with `cluster`.
+
+    Raises:
+        ValueError: an argument is not that; it is named.
+    """
+    if backend.op is None:
+        return matmul_fp32(hidden_states, weight)
+    op = _OPS[backend.name]
+    if backend.op_writes_logits:
+        logits = empty_logits(hidden_states, weight)
+        op(logits, hidden_states, weight)
+        return logits
+    returned = op(hidden_states, weight)
+    assert returned is not None
+    return returned
+
+
+cluster_router_gemm = _OPS["cluster"]
+flashinfer_dsv3_router_gemm = _OPS["flashinfer"]

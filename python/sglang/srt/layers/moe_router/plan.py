@@ -1,0 +1,389 @@
+"""The plan of a gate: which backend serves its calls, for which M. Decided once, at load.
+
+`decide` is the one place where that is decided, over plain values. A call then asks its
+plan only what changes from call to call: M, layout and alignment, context parallelism.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from sglang.srt.layers.moe_router import backends
+from sglang.srt.layers.moe_router.backends import (
+    ALIGNMENT_BYTES,
+    BACKENDS,
+    Backend,
+    Run,
+    Target,
+    device_sm,
+    either,
+    empty_logits,
+    find_kernel,
+    load_kernel,
+)
+from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
+from sglang.srt.layers.moe_router.models import MODELS, find_model
+from sglang.srt.layers.moe_router.ops import router_gemm
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+try:
+    from sglang.srt.runtime_context import get_exec
+except ImportError:  # SGLang < 0.5.17
+    from sglang.srt.server_args import get_global_server_args
+
+    def _deterministic_inference() -> bool:
+        return get_global_server_args().enable_deterministic_inference
+else:
+
+    def _deterministic_inference() -> bool:
+        return get_exec().deterministic.enable_deterministic_inference
+
+
+logger = logging.getLogger(__name__)
+
+_NO_TOKENS = range(0)
+
+
+# ---- The decision ------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """Who serves the calls with one weight."""
+
+    backend: Backend | None
+    """None: SGLang's own path serves them all."""
+    num_tokens: range
+    """The M that `backend` serves."""
+    reason: str
+    """Why SGLang's own path serves the rest, as a phrase for a person."""
+    unavailable: bool = False
+    """The backend would be taken if it were installed, built and loaded."""
+
+    def ranges(self) -> list[tuple[str, str | None]]:
+        """Every M ≥ 1 as a person writes it ("1-16", "17+"), with the backend's name or None."""
+        name = self.backend.name if self.backend is not None else None
+        first, last = max(self.num_tokens.start, 1), self.num_tokens.stop - 1
+        if name is None:
+            return [("1+", None)]
+        found: list[tuple[str, str | None]] = [(f"1-{first - 1}", None)] if first > 1 else []
+        if last >= _UNLIMITED:
+            return [*found, (f"{first}+", name)]
+        return [*found, (f"{first}-{last}", name), (f"{last + 1}+", None)]
+
+
+_UNLIMITED = BACKENDS["torch"].rule.num_tokens.stop - 1
+
+
+def decide(
+    requested: str,
+    target: Target,
+    dtype: torch.dtype,
+    unavailable: Callable[[Backend], str | None],
+    deterministic: bool = False,
+) -> Decision:
+    """Decides who serves the calls with a weight.
+
+    Args:
+        requested: what the user asked for: a backend's name, `auto` or `off`.
+        target: the weight's device, SM and shape.
+        dtype: the weight's.
+        unavailable: why a backend's kernel cannot be called there, None if it can. Asked of
+            the one backend that everything else speaks for.
+        deterministic: the server runs with `--enable-deterministic-inference`.
+    """
+    if requested == OFF:
+        return Decision(None, _NO_TOKENS, "it is switched off")
+    if deterministic:
+        return Decision(None, _NO_TOKENS, "deterministic inference is on")
+    if requested == AUTO:
+        model = find_model(target.num_experts, target.hidden_size)
+        auto = model.auto.get(target.sm) if model is not None and target.sm is not None else None
+        if auto is None:
+            return Decision(None, _NO_TOKENS, _why_not_auto(target))
+        backend, num_tokens = BACKENDS[auto.backend], auto.num_tokens
+        limit = f"auto takes {backend.name} for M = {either(num_tokens)}"
+    else:
+        backend, num_tokens = BACKENDS[requested], BACKENDS[requested].rule.num_tokens
+        limit = f"M must be {either(num_tokens)}"
+    refusal = backend.rule.refuse_weight(target, dtype)
+    if refusal is not None:
+        return Decision(None, _NO_TOKENS, refusal)
+    reason = unavailable(backend)
+    if reason is not None:
+        return Decision(None, _NO_TOKENS, reason, unavailable=True)
+    return Decision(backend, num_tokens, limit)
+
+
+def _why_not_auto(target: Target) -> str:
+    if target.device.type != "cuda":
+        return f"device is {target.device.type}, must be cuda"
+    taken: dict[str, dict[int, None]] = {}
+    for model in MODELS:
+        for sm, auto in model.auto.items():
+            taken.setdefault(auto.backend, {})[sm] = None
+    if not any(target.sm in sms for sms in taken.values()):
+        rows = ", ".join(f"{name} on SM {either(list(sms))}" for name, sms in taken.items())
+        return f"auto takes {rows} only"
+    shapes = [f"{m.num_experts}, {m.hidden_size}" for m in MODELS if target.sm in m.auto]
+    return (
+        f"N, K is {target.num_experts}, {target.hidden_size}, auto takes {either(shapes)} on "
+        f"SM {target.sm}"
+    )
+
+
+def deterministic_inference() -> bool:
+    """Whether the server runs with `--enable-deterministic-inference`."""
+    try:
+        return bool(_deterministic_inference())
+    except ValueError:  # no ServerArgs published: the gate is used outside of a server
+        return False
+
+
+# ---- The plan ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A decision, and what to call. It never changes; gates of one shape share it."""
+
+    requested: str
+    target: Target
+    dtype: torch.dtype
+    decision: Decision
+    run: Run | None
+    """The kernel itself, for a plain eager call. None where no backend serves."""
+    pdl: bool
+
+    def is_for(self, weight: torch.Tensor) -> bool:
+        """Whether it was made for such a weight. A gate's weight may be replaced."""
+        target = self.target
+        return (
+            weight.dtype == self.dtype
+            and weight.device == target.device
+            and weight.shape == (target.num_experts, target.hidden_size)
+        )
+
+    def logits(
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        forward_batch: ForwardBatch | None = None,
+    ) -> torch.Tensor | None:
+        """fp32 logits `[M, N]` of this call; None where SGLang's own path must serve it.
+
+        Args:
+            hidden_states: `[M, K]`.
+            weight: `[N, K]`, one that the plan `is_for`.
+            forward_batch: SGLang's batch, where the gate was given it.
+        """
+        backend = self.decision.backend
+        if backend is None:
+            return None
+        if torch.compiler.is_compiling():
+            return self._traced_logits(backend, hidden_states, weight, forward_batch)
+        if hidden_states.shape[0] in self.decision.num_tokens and not _is_context_parallel(
+            forward_batch
+        ):
+            if not _is_plain_eager(hidden_states):
+                if backend.rule.takes_layout(hidden_states, weight, addresses=False):
+                    return router_gemm(backend, hidden_states, weight)
+            elif backend.rule.takes_layout(hidden_states, weight):
+                assert self.run is not None
+                logits = empty_logits(hidden_states, weight)
+                return self.run(hidden_states, weight, logits, self.pdl)
+        if self.requested != AUTO:
+            self._warn_once(hidden_states, weight, forward_batch)
+        return None
+
+    def _traced_logits(
+        self,
+        backend: Backend,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        forward_batch: ForwardBatch | None,
+    ) -> torch.Tensor | None:
+        """The same in a trace, where M may be symbolic: the op looks at it when it runs."""
+        num_tokens = hidden_states.shape[0]
+        if has_static_value(num_tokens) and num_tokens not in self.decision.num_tokens:
+            return None
+        if _is_context_parallel(forward_batch):
+            return None
+        if not backend.rule.takes_layout(hidden_states, weight, addresses=False):
+            return None
+        return router_gemm(backend, hidden_states, weight)
+
+    def why_not(
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        forward_batch: ForwardBatch | None = None,
+    ) -> tuple[str, str]:
+        """The condition that failed, by name, and a phrase with what it was and must be."""
+        num_tokens = self.decision.num_tokens
+        if _is_context_parallel(forward_batch):
+            return "context_parallel", "the batch is a context-parallel prefill"
+        if hidden_states.shape[0] not in num_tokens:
+            return "num_tokens", f"M is {hidden_states.shape[0]}, must be {either(num_tokens)}"
+        if hidden_states.device != weight.device:
+            return "device", f"hidden_states is on {hidden_states.device}, weight {weight.device}"
+        if hidden_states.dtype != weight.dtype:
+            return "dtype", f"hidden_states is {hidden_states.dtype}, must be {weight.dtype}"
+        if not backends.fits(hidden_states, weight):
+            shapes = f"{list(hidden_states.shape)} and {list(weight.shape)}"
+            return "shape", f"hidden_states and weight are {shapes}, must be [M, K] and [N, K]"
+        if not (hidden_states.is_contiguous() and weight.is_contiguous()):
+            return "layout", "hidden_states and weight must be dense and row-major"
+        return "alignment", f"tensors must start at a multiple of {ALIGNMENT_BYTES} bytes"
+
+    def _warn_once(
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        forward_batch: ForwardBatch | None,
+    ) -> None:
+        _warn_once(self.requested, *self.why_not(hidden_states, weight, forward_batch))
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # a copied gate has the same kernel
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # in another process nothing is loaded yet
+
+
+def _is_context_parallel(forward_batch: ForwardBatch | None) -> bool:
+    """Whether the batch is a context-parallel prefill, which SGLang routes by itself."""
+    return getattr(forward_batch, "attn_cp_metadata", None) is not None
+
+
+# Bound once: these run on every eager call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_profiling = torch._C._autograd._profiler_enabled
+_grad_enabled = torch.is_grad_enabled
+
+
+def _is_plain_eager(hidden_states: torch.Tensor) -> bool:
+    """Whether the kernel may be called without the dispatcher, which takes the host 10 µs.
+
+    It may not where somebody wants to see the op: a mode, a transform, the profiler,
+    autograd, a subclass of Tensor.
+    """
+    return not (
+        _grad_enabled()
+        or _dispatch_modes()
+        or _function_modes()
+        or _profiling()
+        or _transforms() is not None
+        or type(hidden_states) is not torch.Tensor
+    )
+
+
+# ---- Making it ---------------------------------------------------------------------------------
+
+_plans: dict[tuple[object, ...], Plan] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def make_plan(weight: torch.Tensor, requested: str | None = None) -> Plan:
+    """The plan of a gate with this weight; loads the kernel. For model load only.
+
+    Args:
+        weight: the gate's `[N, K]`, on the device where it will be used, or not there yet.
+        requested: a backend, instead of what the user asked for; nothing is logged then.
+
+    Raises:
+        ValueError: an environment variable holds a value that it does not have.
+    """
+    device = weight.device
+    if device.type != "cuda" and torch.cuda.is_available():
+        # Made on the CPU or the meta device, and moved later.
+        device = torch.device("cuda", torch.cuda.current_device())
+    asked = requested or requested_backend()
+    key = (asked, device, weight.shape, weight.dtype, deterministic_inference(), pdl_enabled())
+    if key not in _plans:
+        target = Target(device, device_sm(device), *weight.shape)
+
+        def unavailable(backend: Backend) -> str | None:
+            return backend.missing(target.sm) or _reason(load_kernel(backend, target))
+
+        _plans[key] = _plan(asked, target, weight.dtype, unavailable)
+        if requested is None:
+            _announce(_plans[key])
+    return _plans[key]
+
+
+def find_plan(weight: torch.Tensor) -> Plan:
+    """The plan for a weight that came after the load. It loads nothing, and works in a trace."""
+    return _find_plan(weight.device, tuple(weight.shape), weight.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _find_plan(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> Plan:
+    def unavailable(backend: Backend) -> str | None:
+        return _reason(find_kernel(backend, device, *shape))
+
+    plan = _plan(requested_backend(), Target(device, device_sm(device), *shape), dtype, unavailable)
+    _warn_at_load(plan)
+    return plan
+
+
+def _plan(
+    requested: str,
+    target: Target,
+    dtype: torch.dtype,
+    unavailable: Callable[[Backend], str | None],
+) -> Plan:
+    decision = decide(requested, target, dtype, unavailable, deterministic_inference())
+    kernel: Run | str = "none"
+    if decision.backend is not None:
+        shape = target.num_experts, target.hidden_size
+        kernel = find_kernel(decision.backend, target.device, *shape)
+    run = None if isinstance(kernel, str) else kernel
+    return Plan(requested, target, dtype, decision, run, pdl_enabled())
+
+
+def _reason(kernel: Run | str) -> str | None:
+    return kernel if isinstance(kernel, str) else None
+
+
+def _announce(plan: Plan) -> None:
+    """Says once a shape, for each rank, who serves which M; warns where ours cannot."""
+    _warn_at_load(plan)
+    if plan.target.device.type != "cuda":
+        return
+    served = ", ".join(f"M {tokens} {name or 'SGLang'}" for tokens, name in plan.decision.ranges())
+    logger.info(
+        "Router GEMM [%d, %d] on SM %s: %s (backend %s, PDL %s)",
+        plan.target.num_experts,
+        plan.target.hidden_size,
+        plan.target.sm,
+        served if plan.decision.backend is not None else f"{served}: {plan.decision.reason}",
+        plan.requested,
+        "on" if plan.pdl else "off",
+    )
+
+
+def _warn_at_load(plan: Plan) -> None:
+    decision = plan.decision
+    forced = plan.requested in BACKENDS
+    if decision.backend is None and (forced or decision.unavailable):
+        _warn_once(plan.requested, decision.reason, decision.reason)
+
+
+def _warn_once(requested: str, condition: str, reason: str) -> None:
+    """One warning a process for each condition, whatever the values that failed it."""
+    if (requested, condition) in _warned:
+        return
+    _warned.add((requested, condition))
+    logger.warning(
+        "Router GEMM (backend %s): SGLang's own path serves instead: %s.", requested, reason
+    )

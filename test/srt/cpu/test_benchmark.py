@@ -1,0 +1,629 @@
+"""The benchmark without a GPU: its arguments, its arithmetic, its judgement, its reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmark" / "kernels" / "deepseek"
+sys.path.insert(0, str(FOLDER))  # as where the script is run as a file
+
+import benchmark_deepgemm_dsv3_router_gemm_blackwell as benchmark  # noqa: E402
+from router_gemm_benchmark import accuracy, report, timing  # noqa: E402
+from router_gemm_benchmark.providers import (  # noqa: E402
+    CUBLAS,
+    Gemm,
+    Provider,
+    Skip,
+    all_providers,
+    environment,
+)
+
+CPU = torch.device("cpu")
+N, K = 64, 512
+
+
+def exact(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    return out.copy_(hidden_states.double() @ weight.double().t())
+
+
+def provider(name: str, gemm: Gemm = exact, **fields: Any) -> Provider:
+    return Provider(name, lambda: gemm, **fields)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--num-tokens", "0"], "'0', must be 1 to 128"),
+        (["--num-tokens", "1", "129"], "'129', must be 1 to 128"),
+        (["--num-tokens", "many"], "'many'"),
+        (["--num-experts", "100"], "100"),
+        (["--hidden-dim", "4096"], "4096"),
+        (["--tp-sizes", "0"], "'0', must be 1 to 8"),
+        (["--rounds", "-1"], "'-1'"),
+        (["--providers", "nobody"], "'nobody'"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_exit_2(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert named in error
+
+
+def test_a_save_path_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        benchmark.main(["--save-path", str(tmp_path / "file")])
+    assert "must be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_gate_is_checked_and_nothing_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_router_gemm import check
+
+    monkeypatch.setattr(check, "NUM_TOKENS", range(1, 3))
+    assert benchmark.main(["--quick"]) == 0
+    output = capsys.readouterr().out
+    assert "SGLang's MoEGate with the plugin" in output
+    assert "Nothing was timed" in output
+    monkeypatch.setattr(check, "run", lambda: 1)
+    assert benchmark.main([]) == 1
+
+
+def test_the_provider_filter_takes_words() -> None:
+    found = benchmark.filter_providers(all_providers(256, 7168, CPU), ["VLLM", "cublas"])
+    assert [each.name for each in found] == ["vLLM ll_bf16", CUBLAS]
+
+
+# Providers
+
+
+def test_without_a_gpu_every_kernel_is_skipped_with_a_reason() -> None:
+    there = ("F.linear (bf16 out)", "ours: torch")
+    for each in all_providers(256, 7168, CPU):
+        if each.name in there:
+            each.build()
+        else:
+            with pytest.raises(Skip, match=r"no CUDA device|device is cpu"):
+                each.build()
+
+
+def test_a_later_backend_appears_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.moe_router import policy
+
+    rules = {**policy.RULES, "cluster": policy.RULES["torch"]}
+    monkeypatch.setattr(policy, "RULES", rules)
+    found = {each.name: each for each in all_providers(256, 7168, CPU)}
+    assert found["ours: cluster"].own_kernel
+    assert not found["ours: flashinfer"].own_kernel
+
+
+def test_names_are_told_apart_at_every_shape() -> None:
+    for num_experts in (128, 160, 256, 384):
+        for hidden_size in (5120, 6144, 7168):
+            names = [each.name for each in all_providers(num_experts, hidden_size, CPU)]
+            assert len(names) == len(set(names))
+
+
+def test_our_backend_is_asked_for_by_its_name_and_with_its_pdl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang.srt.models import deepseek_v2_gate
+    from sglang.srt.layers.moe_router.environ import pdl_enabled, requested_backend
+
+    seen = []
+    # The call sets these and leaves them set; monkeypatch puts them back.
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "auto")
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", "1")
+
+    def spy(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append((requested_backend(), pdl_enabled()))
+        return torch.zeros(1, N)
+
+    monkeypatch.setattr(deepseek_v2_gate, "fast_router_logits", spy)
+    ours = next(each for each in all_providers(N, K, CPU) if each.name == "ours: torch")
+    gemm = ours.build()
+    for pdl in (True, False):
+        gemm(torch.zeros(1, K), torch.zeros(N, K), torch.zeros(1, N), pdl)
+    assert seen == [("torch", True), ("torch", False)]
+
+
+def test_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRTLLM_ENABLE_PDL", "1")
+    with (
+        pytest.raises(ZeroDivisionError),
+        environment(TRTLLM_ENABLE_PDL="0", SGLANG_ROUTER_GEMM_PDL="0"),
+    ):
+        raise ZeroDivisionError
+    import os
+
+    assert os.environ["TRTLLM_ENABLE_PDL"] == "1"
+    assert "SGLANG_ROUTER_GEMM_PDL" not in os.environ
+
+
+# Accuracy
+
+
+def off_by_one_expert(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    return exact(hidden_states, weight.roll(1, 0), out, pdl)
+
+
+def last_row_unwritten(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    exact(hidden_states[:-1], weight, out[:-1], pdl)
+    return out
+
+
+def last_expert_unwritten(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    exact(hidden_states, weight[:-1], out[:, :-1], pdl)
+    return out
+
+
+def smallest_rows_lost(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    """What an fp16 accumulator does to rows of very different scale."""
+    tiny = hidden_states.abs().amax(dim=1, keepdim=True) < 2.0**-14
+    return exact(hidden_states.masked_fill(tiny, 0), weight, out, pdl)
+
+
+def summed_in_bf16(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    halves = [
+        (h.double() @ w.double().t()).bfloat16().double()
+        for h, w in zip(hidden_states.chunk(2, 1), weight.chunk(2, 1), strict=True)
+    ]
+    return out.copy_(halves[0] + halves[1])
+
+
+def wrong_without_pdl(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    return exact(hidden_states if pdl else hidden_states * 2, weight, out, pdl)
+
+
+def raises(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    raise RuntimeError("nvcc not found\nand much more")
+
+
+def wrong_dtype(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    return exact(hidden_states, weight, out, pdl).bfloat16()
+
+
+def test_a_right_provider_passes_everything() -> None:
+    found = accuracy.check(provider("exact"), exact, 4, N, K, CPU)
+    assert found.failure is None
+    assert list(found.relative) == list(accuracy.KINDS)
+    assert found.top8_agreement == 1.0
+    assert max(found.scaled.values()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("gemm", "reason"),
+    [
+        (off_by_one_expert, "on random inputs"),
+        (last_row_unwritten, "error inf on random"),
+        (last_expert_unwritten, "error inf on random"),
+        (smallest_rows_lost, "on scale inputs"),
+        (summed_in_bf16, "on random inputs"),
+        (wrong_without_pdl, "on random inputs"),
+        (wrong_dtype, "logits are torch.bfloat16"),
+        (raises, "RuntimeError: nvcc not found"),
+    ],
+)
+def test_a_wrong_provider_is_caught(gemm: Gemm, reason: str) -> None:
+    found = accuracy.check(provider("wrong"), gemm, 4, N, K, CPU)
+    assert found.failure is not None
+    assert reason in found.failure
+    assert "\n" not in found.failure
+
+
+def test_bf16_logits_pass_as_bf16_only() -> None:
+    bf16 = provider("bf16", output=torch.bfloat16)
+    found = accuracy.check(bf16, exact, 4, N, K, CPU)
+    assert found.failure is None
+    assert 1e-4 < found.relative["random"] < 2**-8
+    assert found.top8_agreement is not None
+    assert 0.5 < found.top8_agreement < 1.0
+
+
+def test_the_hard_inputs_are_hard() -> None:
+    rows, _ = accuracy.make_inputs("scale", 16, N, K, CPU)
+    assert rows.double().norm(dim=1).max() / rows.double().norm(dim=1).min() > 2**50
+    rows, weight = accuracy.make_inputs("cancel", 16, N, K, CPU)
+    terms = rows.double().abs() @ weight.double().abs().t()
+    assert (accuracy.reference(rows, weight).abs() / terms).median() < 0.02
+    rows, weight = accuracy.make_inputs("hot", 16, N, K, CPU)
+    assert weight.double().norm(dim=1).max() / weight.double().norm(dim=1).median() > 50
+
+
+def test_bits_that_depend_on_m_are_seen() -> None:
+    rows, weight = accuracy.make_inputs("random", 8, N, K, CPU)
+
+    def regime(
+        hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        exact(hidden_states, weight, out, pdl)
+        return out.nextafter(out + 1) if len(hidden_states) > 4 else out
+
+    num_tokens = [1, 2, 4, 5, 8]
+    for gemm, changes in ((exact, []), (regime, [5])):
+        bits = accuracy.bits_by_num_tokens(provider("it"), gemm, num_tokens, rows, weight)
+        assert accuracy.bits_change_at(bits) == changes
+
+
+# Timing
+
+
+def test_bytes_and_floor() -> None:
+    weight, tokens, logits = 256 * 7168 * 2, 16 * 7168 * 2, 16 * 256 * 4
+    moved = timing.bytes_moved(16, 256, 7168, torch.float32)
+    assert moved == weight + tokens + logits == 3_915_776
+    assert timing.bytes_moved(16, 256, 7168, torch.bfloat16) == moved - logits // 2
+    found = timing.make_timing(provider("it"), "cold", 16, 256, 7168, (2.0, 2.5, 3.0), 3000.0)
+    assert found.floor_us == pytest.approx(1.3053, abs=1e-4)
+    assert found.gb_s == pytest.approx(1566.3, abs=0.1)
+    assert found.times_floor == pytest.approx(2.5 / 1.3053, abs=1e-3)
+
+
+def test_no_graph_always_follows_the_same_other() -> None:
+    names = ["", "a", "b", "c", "d"]
+    orders = timing.replay_orders(names, 50, seed=8)
+    assert all(sorted(order) == names for order in orders)
+    ahead_of_c = {order[order.index("c") - 1] for order in orders if order[0] != "c"}
+    assert ahead_of_c == set(names) - {"c"}
+    assert timing.replay_orders(names, 50, seed=8) == orders
+
+
+@pytest.mark.parametrize("mode", timing.MODES)
+def test_no_weight_is_in_l2_when_a_sample_starts_but_in_warm(
+    mode: timing.Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1.0
+
+    class Logged:
+        def replay(self) -> None:
+            done.append("replay")
+
+        def empty_l2(self) -> None:
+            done.append("empty L2")
+
+    run = object.__new__(timing._ModeRun)
+    run.__dict__ |= {"bench": Logged(), "num_tokens": 1, "mode": mode, "host_us": 0.0}
+    run.graphs = {"a": Logged(), "b": Logged()}  # type: ignore[dict-item]
+    monkeypatch.setattr(timing, "_event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run.replay(rounds=2, cycles_per_us=1.0)
+    sample = ["wait", "event", "replay", "event"]
+    assert done == 4 * (sample if mode.name == "warm" else ["empty L2", *sample])
+
+
+def test_quartiles() -> None:
+    assert timing.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert timing.quartiles([1.0, 2.0]) == (1.25, 1.5, 1.75)
+
+
+def test_a_link_is_the_chain_less_the_median_producer() -> None:
+    chain, producer = [58 * 4.0, 58 * 5.0, 58 * 9.0], [58 * 1.0, 58 * 2.0, 58 * 50.0]
+    assert timing.per_link(chain, producer) == [2.0, 3.0, 7.0]
+    assert timing.per_link(chain, None) == [4.0, 5.0, 9.0]
+
+
+def _timing(name: str, num_tokens: int, us: float, mode: str = "chain") -> timing.Timing:
+    quartiles = (us - 0.1, us, us + 0.1)
+    return timing.make_timing(provider(name), mode, num_tokens, 256, 7168, quartiles, 3000.0)
+
+
+def test_the_slowest_rank_counts_and_only_where_all_ranks_have_it() -> None:
+    ranks = [[_timing("a", 1, 2.0), _timing("b", 1, 9.0)], [_timing("a", 1, 3.0)]]
+    (found,) = timing.slowest(ranks)
+    assert (found.provider, found.median_us, found.q25_us, found.tp_size) == ("a", 3.0, 2.9, 2)
+
+
+# The whole run, on a stand-in for the GPU
+
+
+class _Graph:
+    def __init__(self, calls: Callable[[], object]) -> None:
+        self.replay = calls
+
+
+class _Event:
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def _capture(calls: Callable[[], object]) -> _Graph:
+    calls()
+    return _Graph(calls)
+
+
+def _norm(
+    rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, enable_pdl: bool
+) -> None:
+    residual += rows
+    rows.copy_(torch.nn.functional.rms_norm(residual, weight.shape, weight, eps))
+
+
+@pytest.fixture
+def on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs that call again, and the host's clock: the flow of a run, not its numbers."""
+    monkeypatch.setattr(timing, "LINKS", 3)
+    monkeypatch.setattr(timing, "_capture", _capture)
+    monkeypatch.setattr(timing, "_event", _Event)
+    monkeypatch.setattr(timing, "_cycles_per_us", lambda: 1.0)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 3000.0)
+    monkeypatch.setattr(timing, "l2_bytes", lambda device: 1024)
+    monkeypatch.setattr(timing, "load_producer", lambda hidden_size: (_norm, "a stand-in"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        timing.Bench,
+        "do_bench",
+        lambda self, candidate, m: _timing(candidate[0].name, m, 9.0, timing.DO_BENCH),
+    )
+    with torch.no_grad():
+        yield
+
+
+def _run(providers: list[Provider], save_path: Path | None = None) -> tuple[int, dict[str, Any]]:
+    arguments = benchmark.build_parser().parse_args([])
+    arguments.num_experts, arguments.hidden_dim = N, K
+    results = benchmark.empty_results(arguments, [1, 3], 4, "a test")
+    results["gpu"] = "NVIDIA H100 80GB HBM3"
+    status = benchmark.run(results, providers, [1, 2], CPU, save_path, check_only=False)
+    return status, results
+
+
+class _WrongInTheGraph:
+    """Right when it is called by hand; once captured, it reads the tokens of before."""
+
+    def __init__(self) -> None:
+        self.tokens: torch.Tensor | None = None
+
+    def __call__(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        captured = sys._getframe(1).f_code.co_name == "calls"
+        tokens = self.tokens if captured and self.tokens is not None else hidden_states
+        self.tokens = hidden_states.clone()
+        return exact(tokens, weight, out, pdl)
+
+
+class _RaisesInTheGraph:
+    def __call__(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        if sys._getframe(1).f_code.co_name == "calls":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return exact(hidden_states, weight, out, pdl)
+
+
+@pytest.mark.usefixtures("on_a_stand_in")
+def test_a_run_marks_what_fails_and_times_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> Gemm:
+        raise ImportError("No module named 'vllm'")
+
+    status, results = _run(
+        [
+            provider("good"),
+            provider("small", supports=lambda m: None if m < 2 else "M is too large"),
+            provider("wrong", off_by_one_expert),
+            provider("stale", _WrongInTheGraph()),
+            provider("broken", _RaisesInTheGraph()),
+            Provider("absent", absent),
+            provider(CUBLAS, pdl="never"),
+        ],
+        tmp_path,
+    )
+    assert status == 0
+    assert results["error"] is None
+    for mode in timing.MODE_NAMES:
+        timed = {
+            (each["provider"], each["num_tokens"])
+            for each in results["timings"]
+            if each["mode"] == mode
+        }
+        assert {("good", 1), ("good", 3), ("small", 1), (CUBLAS, 3)} <= timed
+        assert not timed & {("small", 3), ("wrong", 1), ("absent", 1)}
+        assert not timed & {("broken", 1), ("stale", 1)}
+    reasons = {each["provider"]: each["reason"] for each in results["failures"]}
+    assert "stream is capturing" in reasons["broken"]
+    assert "off by" in reasons["stale"]
+    assert results["not_run"] == [{"tp_size": 2, "reason": "1 GPU here"}]
+    output = capsys.readouterr().out
+    assert "not run: 1 GPU here" in output
+    assert "skipped: ImportError: No module named 'vllm'" in output
+    assert "FAILED at M = 1" in output
+    stem = f"h100_n{N}_k{K}"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        f"{stem}{end}"
+        for end in (".json", ".csv", "_chain.png", "_chain.svg", "_speedup.png", "_speedup.svg")
+    }
+    assert json.loads((tmp_path / f"{stem}.json").read_text()) == results
+
+
+@pytest.mark.usefixtures("on_a_stand_in")
+def test_a_failure_of_ours_is_exit_1() -> None:
+    status, _ = _run([provider("good"), provider("ours: it", off_by_one_expert, ours=True)])
+    assert status == 1
+
+
+@pytest.mark.usefixtures("on_a_stand_in")
+def test_what_was_found_is_written_though_the_run_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = timing.Bench.measure
+
+    def dies(self: timing.Bench, candidates: Any, num_tokens: int, *rest: Any) -> Any:
+        if num_tokens == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(self, candidates, num_tokens, *rest)
+
+    monkeypatch.setattr(timing.Bench, "measure", dies)
+    status, _ = _run([provider("good")], tmp_path)
+    assert status == 1
+    (path,) = tmp_path.glob("*.json")
+    saved = json.loads(path.read_text())
+    assert "illegal memory access" in saved["error"]
+    assert {each["num_tokens"] for each in saved["timings"]} == {1}
+    assert "The run ended early" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("on_a_stand_in")
+def test_no_producer_no_chain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "load_producer", lambda hidden_size: (None, "no nvcc"))
+    status, results = _run([provider("good")])
+    assert status == 0
+    assert {each["mode"] for each in results["timings"]} == set(timing.MODE_NAMES) - {"chain"}
+    assert results["producer"] == "no nvcc"
+    assert "'chain' is not measured" in capsys.readouterr().out
+
+
+# Reports
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    arguments = benchmark.build_parser().parse_args([])
+    found = benchmark.empty_results(arguments, [1, 16], 50, "a test")
+    found["gpu"] = "NVIDIA H100 80GB HBM3"
+    fields = {"output": "float32", "note": "", "skipped": None}
+    found["providers"] = [
+        fields | {"name": name, "pdl": pdl, "ours": own, "own_kernel": own}
+        for name, pdl, own in (
+            ("FlashInfer", "switch", False),
+            (CUBLAS, "never", False),
+            ("vLLM", "always", False),
+            ("ours: cluster", "switch", True),
+        )
+    ]
+    for mode, offset in (("chain", 0.0), ("warm", -0.5)):
+        for num_tokens, us in ((1, (2.6, 7.0, 2.7, 2.5)), (16, (6.2, 7.2, 4.2, 3.0))):
+            for each, median in zip(found["providers"], us, strict=True):
+                one = _timing(each["name"], num_tokens, median + offset, mode)
+                found["timings"].append(asdict(one))
+    found["accuracy"] = [
+        asdict(accuracy.Accuracy("FlashInfer", 16, {"random": 2e-7}, {"random": 3e-7}, 1.0))
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gpu", "shape", "stem"),
+    [
+        ("NVIDIA H100 80GB HBM3", (256, 7168), "h100"),
+        ("NVIDIA H200", (256, 7168), "h200"),
+        ("NVIDIA GB200", (384, 7168), "gb200_n384_k7168"),
+        ("NVIDIA GeForce RTX 5090", (256, 7168), "geforce-rtx-5090"),
+    ],
+)
+def test_files_are_named_after_the_gpu(gpu: str, shape: tuple[int, int], stem: str) -> None:
+    assert report.file_stem(gpu, *shape) == stem
+
+
+def test_csv(results: dict[str, Any], tmp_path: Path) -> None:
+    with report.save_csv(results, tmp_path).open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results["timings"])
+    row = next(
+        each
+        for each in rows
+        if each["provider"] == "FlashInfer"
+        and each["num_tokens"] == "16"
+        and each["mode"] == "chain"
+    )
+    assert row["median_us"] == "6.2"
+    assert row["relative_error"] == "2e-07"
+    assert row["output"] == "float32"
+    assert float(row["floor_us"]) == pytest.approx(1.305, abs=1e-3)
+
+
+def test_plots_show_providers_floor_gpu_and_mode(results: dict[str, Any], tmp_path: Path) -> None:
+    saved = report.save_plots(results, tmp_path)
+    assert [path.name for path in saved] == [
+        "h100_chain.png",
+        "h100_chain.svg",
+        "h100_speedup.png",
+        "h100_speedup.svg",
+    ]
+    assert all(path.stat().st_size > 10_000 for path in saved)
+    assert saved[0].read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "again").mkdir()
+    again = report.save_plots(results, tmp_path / "again")
+    assert saved[1].read_bytes() == again[1].read_bytes()
+
+
+def test_the_table_names_the_fastest_and_the_ratio(results: dict[str, Any]) -> None:
+    lines = report.mode_table(results, "chain", tablefmt="github").splitlines()
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells == ["16", "6.20", "7.20", "4.20", "3.00", "ours: cluster", "1.40"]
+    # bf16 logits are not the same result: they neither win nor count as the best peer.
+    results["providers"][2]["output"] = "bfloat16"
+    assert report.mode_table(results, "chain", tablefmt="github").endswith("| 2.07               |")
+    for each in results["providers"]:
+        each["own_kernel"] = False
+    assert "best peer" not in report.mode_table(results, "chain")
+
+
+def test_a_star_where_pdl_stays_on(results: dict[str, Any]) -> None:
+    assert "vLLM *" in report.mode_table(results, "warm", tablefmt="github")
+    assert "vLLM *" not in report.mode_table(results, "chain", tablefmt="github")
+
+
+def test_the_summary_fits_and_ends_with_the_headline(results: dict[str, Any]) -> None:
+    lines = report.summary(results).splitlines()
+    assert lines[-1].split()[0] == "16"
+    assert "chain, µs:" in lines
+    assert "warm, µs:" not in lines

@@ -1,0 +1,476 @@
+"""The gate in real SGLang on a CPU: what it reads off tensors, what it calls, what it says.
+
+The fast path needs a GPU that this machine may not have. Where a test must see the gate
+choose it, the gate is traced over fake CUDA tensors (torch's own FakeTensorMode), with the
+SM given and FlashInfer's kernel marked as loaded; nothing is run then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_inputs, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from sglang.srt.models import deepseek_v2_gate
+from sglang.srt.models.deepseek_v2_gate import DeepseekV2Gate, fast_router_logits
+from sglang.srt.layers.moe_router import call, kernels
+from sglang.srt.layers.moe_router.call import describe_call
+from sglang_router_gemm.check import TOLERANCE, check_gate, sglang_gate
+from sglang_router_gemm.check import deepseek_v2_gate as build_deepseek_v2_gate
+
+CPU = torch.device("cpu")
+CONFIG = SimpleNamespace(n_routed_experts=256, hidden_size=7168, topk_method="noaux_tc")
+LOADED = kernels._Target("flashinfer", 0, 256, 7168)
+FLASHINFER_OP = torch.ops.sglang.flashinfer_dsv3_router_gemm
+CLUSTER_OP = torch.ops.sglang.cluster_router_gemm
+
+
+@pytest.fixture(scope="module")
+def hooked_gate() -> torch.nn.Module:
+    return sglang_gate(CPU)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_start_afresh(publish_server_args: object) -> None:
+    deepseek_v2_gate._warned.clear()
+
+
+# What the policy is told -----------------------------------------------------------------
+
+
+def test_describe_call() -> None:
+    hidden_states, weight = random_inputs(3)
+    described = describe_call(hidden_states, weight)
+    assert described == call.RouterGemmCall("cpu", None, 3, 256, 7168)
+
+
+def test_describe_call_sees_each_difference() -> None:
+    hidden_states, weight = random_inputs(4)
+    padded = torch.zeros(4, 7168 + 8, dtype=torch.bfloat16)[:, :7168]
+    assert not describe_call(padded, weight).row_major
+    assert not describe_call(hidden_states, weight.t().contiguous().t()).row_major
+    assert describe_call(padded[:1], weight).row_major  # one row has no row stride
+    offset = torch.zeros(4 * 7168 + 1, dtype=torch.bfloat16)[1:].view(4, 7168)
+    assert describe_call(offset, weight).aligned is False
+    assert describe_call(offset, weight).row_major
+    shifted = torch.zeros(256 * 7168 + 4, dtype=torch.bfloat16)[4:].view(256, 7168)
+    assert describe_call(hidden_states, shifted).aligned is False
+    assert describe_call(hidden_states[:0], weight).num_tokens == 0
+    assert describe_call(hidden_states.half(), weight).hidden_states_dtype == torch.float16
+    assert describe_call(hidden_states, weight.float()).weight_dtype == torch.float32
+    assert not describe_call(hidden_states[:, :6144], weight).matching_shapes
+    assert not describe_call(hidden_states.view(2, 2, 7168), weight).matching_shapes
+    assert not describe_call(hidden_states, weight.to("meta")).same_device
+
+
+def test_describe_call_asks_the_published_server_args(
+    publish_server_args: Callable[..., None],
+) -> None:
+    inputs = random_inputs(1)
+    assert not describe_call(*inputs).deterministic_inference
+    publish_server_args(enable_deterministic_inference=True)
+    assert describe_call(*inputs).deterministic_inference
+
+
+def test_describe_call_sees_a_context_parallel_prefill() -> None:
+    inputs = random_inputs(1)
+    assert not describe_call(*inputs, SimpleNamespace(attn_cp_metadata=None)).context_parallel
+    assert describe_call(*inputs, SimpleNamespace(attn_cp_metadata=object())).context_parallel
+
+
+# What is installed -----------------------------------------------------------------------
+
+
+def test_flashinfer_declares_its_sms() -> None:
+    """The real FlashInfer's own word: 0.7.2 serves 90, 100 and 103."""
+    assert [sm for sm in (75, 80, 90, 100, 103, 120) if not kernels.missing("flashinfer", sm)] == [
+        90,
+        100,
+        103,
+    ]
+    assert "does not declare SM 120" in (kernels.missing("flashinfer", 120) or "")
+
+
+def test_an_old_flashinfer_has_no_such_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flashinfer.gemm
+
+    monkeypatch.delattr(flashinfer.gemm, kernels.FLASHINFER_KERNEL)
+    kernels._import.cache_clear()
+    assert "has no mm_M1_16_K7168_N256" in (kernels.missing("flashinfer", 100) or "")
+    monkeypatch.undo()
+    kernels._import.cache_clear()
+
+
+MISSING = """
+import sys
+sys.modules["{module}"] = None
+import importlib.metadata as metadata
+found = metadata.version
+def version(name):
+    if name == "{distribution}" and {absent}:
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+from sglang.srt.layers.moe_router import kernels
+print(kernels.missing("{backend}", 100))
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "distribution"),
+    [
+        ("flashinfer", "flashinfer", "flashinfer-python"),
+        ("sgl_kernel", "sgl_kernel", "sglang-kernel"),
+        ("cluster", "tvm_ffi", "apache-tvm-ffi"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("absent", "reason"), [(True, "is not installed"), (False, "cannot be imported")]
+)
+def test_a_package_that_is_absent_or_broken(
+    backend: str,
+    module: str,
+    distribution: str,
+    absent: bool,
+    reason: str,
+    run_python: Callable[..., str],
+) -> None:
+    code = MISSING.format(module=module, distribution=distribution, absent=absent, backend=backend)
+    said = run_python(code)
+    assert distribution in said
+    assert reason in said
+
+
+def test_a_kernel_that_was_not_loaded_is_unavailable() -> None:
+    reason = kernels.unavailable("flashinfer", torch.device("cuda", 7), 256, 7168)
+    assert reason == "its kernel was not loaded with the model"
+
+
+# What the gate computes on a CPU ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "flashinfer", "sgl_kernel", "torch"])
+def test_numbers_of_sglangs_gate(
+    backend: str, hooked_gate: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", backend)
+    check = check_gate("MoEGate", hooked_gate)
+    assert check.logits_dtype == (torch.float32 if backend == "torch" else torch.bfloat16)
+    assert check.relative_error <= TOLERANCE[check.logits_dtype]
+
+
+def test_sglangs_own_forward_is_untouched(hooked_gate: torch.nn.Module) -> None:
+    """Where no fast path applies, the bits are those of SGLang's own forward."""
+    from sglang.srt.models.deepseek_v2 import MoEGate
+
+    # Exported into SGLang's tree, this runs without the hook.
+    own_forward = getattr(MoEGate.forward, "__wrapped__", MoEGate.forward)
+    for num_tokens in (0, 1, 16, 17, 64):
+        hidden_states, _ = random_inputs(num_tokens)
+        expected = own_forward(hooked_gate, hidden_states)
+        assert torch.equal(hooked_gate(hidden_states), expected)
+        assert torch.equal(hooked_gate(hidden_states, None, None), expected)
+        named = hooked_gate(
+            hidden_states=hidden_states, gemm_output_zero_allocator=None, forward_batch=None
+        )
+        assert torch.equal(named, expected)
+
+
+def test_router_fp32_weights_stay_with_sglang(hooked_gate: torch.nn.Module) -> None:
+    assert fast_router_logits(torch.ones(1, 7168), torch.ones(256, 7168)) is None
+
+
+@pytest.mark.parametrize("num_experts", [256, 384])
+def test_numbers_of_the_standalone_gate(num_experts: int) -> None:
+    gate = build_deepseek_v2_gate(CPU)
+    gate.weight = torch.nn.Parameter(random_inputs(1, num_experts=num_experts)[1])
+    for num_tokens in (1, 16, 17):
+        hidden_states, _ = random_inputs(num_tokens)
+        logits = gate(hidden_states)
+        assert logits.dtype == torch.float32
+        assert relative_error(logits, hidden_states, gate.weight) < 1e-6
+    assert gate(hidden_states[:0]).shape == (0, num_experts)
+
+
+def test_the_standalone_gate_has_what_deepseek_v2_asks_of_it() -> None:
+    gate = DeepseekV2Gate(CONFIG)
+    assert gate.weight.shape == (256, 7168)
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    plain = SimpleNamespace(n_routed_experts=64, hidden_size=2048, topk_method="greedy")
+    assert DeepseekV2Gate(plain).e_score_correction_bias is None
+
+
+# What it says ----------------------------------------------------------------------------
+
+
+def test_a_forced_backend_that_cannot_serve_warns_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "flashinfer")
+    with caplog.at_level(logging.WARNING):
+        for num_tokens in (1, 2, 17):
+            assert fast_router_logits(*random_inputs(num_tokens)) is None
+    assert [record.message for record in caplog.records] == [
+        "Router GEMM (backend flashinfer): SGLang's own path serves instead: "
+        "device is cpu, must be cuda."
+    ]
+
+
+GPU = torch.device("cuda", 0)
+
+
+def _load_on_blackwell(requested: str) -> None:
+    deepseek_v2_gate._prepare_once.__wrapped__(requested, GPU, 256, 7168, torch.bfloat16)
+
+
+@pytest.mark.parametrize("requested", ["auto", "flashinfer"])
+def test_a_missing_flashinfer_warns_once_at_load(
+    requested: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 100)
+    monkeypatch.setattr(kernels, "_import", lambda *names: (None, f"{names[2]} is not installed"))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            _load_on_blackwell(requested)
+    said = [record.message for record in caplog.records]
+    assert said[0] == (
+        f"Router GEMM (backend {requested}): SGLang's own path serves instead: "
+        "flashinfer-python is not installed."
+    )
+    assert said[1:] == 2 * [
+        f"Router GEMM [256, 7168] on SM 100: M 1+ SGLang (backend {requested}, PDL on)"
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the failure is that there is no GPU")
+def test_a_kernel_that_does_not_load_warns_once_and_never_raises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real `load`, which fails here for want of a GPU; on a GPU see test_router_gemm_gpu."""
+    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 100)
+    monkeypatch.delitem(kernels._loaded, LOADED, raising=False)
+    for _ in range(2):
+        _load_on_blackwell("auto")
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "install the CUDA toolkit" in said
+    assert kernels._loaded.pop(LOADED)
+
+
+def test_the_log_says_what_serves_which_m(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 103)
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", "0")
+    monkeypatch.setitem(kernels._loaded, LOADED, None)
+    with caplog.at_level(logging.INFO):
+        _load_on_blackwell("auto")
+    assert [record.message for record in caplog.records] == [
+        "Router GEMM [256, 7168] on SM 103: M 1-16 flashinfer, M 17+ SGLang (backend auto, PDL off)"
+    ]
+
+
+def test_auto_and_off_do_not_warn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for backend in ("auto", "off"):
+        monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", backend)
+        assert fast_router_logits(*random_inputs(1)) is None
+    assert caplog.records == []
+
+
+# The fast path, traced -------------------------------------------------------------------
+
+
+class Tracer:
+    """Compiles a module over fake CUDA tensors and keeps the graphs."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.graphs: list[torch.fx.Graph] = []
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        torch._dynamo.reset()
+
+        def keep(graph_module: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+            self.graphs.append(graph_module.graph)
+            return graph_module
+
+        self._compiled = torch.compile(module, fullgraph=True, backend=keep)
+
+    def __call__(self, num_tokens: int, **forward: object) -> torch.Tensor:
+        with self._mode, torch.no_grad():
+            hidden_states = torch.empty(num_tokens, 7168, dtype=torch.bfloat16, device="cuda")
+            logits: torch.Tensor = self._compiled(hidden_states, **forward)
+        return logits
+
+    @property
+    def takes_the_op(self) -> bool:
+        return self.takes(FLASHINFER_OP)
+
+    @property
+    def takes_a_kernel(self) -> bool:
+        return self.takes(FLASHINFER_OP) or self.takes(CLUSTER_OP)
+
+    def takes(self, op: object) -> bool:
+        return any(node.target is op for node in self.graphs[-1].nodes)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Pretends that fake CUDA tensors lie on a GPU of this SM with the kernel loaded."""
+
+    def be(sm: int) -> None:
+        monkeypatch.setattr(call, "device_sm", lambda device_type, index: sm)
+        monkeypatch.setitem(kernels._loaded, LOADED, None)
+
+    return be
+
+
+def _on_fake_cuda(gate: torch.nn.Module, **change: object) -> torch.nn.Module:
+    """The gate with a fake CUDA weight, `change` being its dtype or shape."""
+    with FakeTensorMode():
+        shape, dtype = change.get("shape", (256, 7168)), change.get("dtype", torch.bfloat16)
+        gate.weight = torch.nn.Parameter(
+            torch.empty(shape, dtype=dtype, device="cuda"), requires_grad=False
+        )
+    return gate
+
+
+@pytest.mark.parametrize("build", [sglang_gate, build_deepseek_v2_gate])
+@pytest.mark.parametrize("sm", [100, 103])
+def test_one_graph_serves_every_m(
+    build: Callable[[torch.device], torch.nn.Module], sm: int, on_gpu: Callable[[int], None]
+) -> None:
+    """M = 1 is a graph of its own (PyTorch specialises sizes 0 and 1), all other M share one."""
+    on_gpu(sm)
+    traced = Tracer(_on_fake_cuda(build(CPU)))
+    for num_tokens in range(1, 65):
+        logits = traced(num_tokens)
+        assert (logits.shape, logits.dtype) == ((num_tokens, 256), torch.float32)
+        assert traced.takes_the_op
+    assert len(traced.graphs) <= 2
+
+
+def test_auto_on_hopper_takes_cluster(
+    on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(90)
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8)
+    assert traced.takes(CLUSTER_OP)
+
+
+def test_auto_on_hopper_without_the_kernel_is_sglangs_own_forward(
+    on_gpu: Callable[[int], None],
+) -> None:
+    on_gpu(90)
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8)
+    assert not traced.takes_a_kernel
+
+
+@pytest.mark.parametrize("build", [sglang_gate, build_deepseek_v2_gate])
+def test_a_forced_cluster_serves_every_m_in_one_graph(
+    build: Callable[[torch.device], torch.nn.Module],
+    on_gpu: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_gpu(90)
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cluster")
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    traced = Tracer(_on_fake_cuda(build(CPU)))
+    for num_tokens in (1, 2, 16, 17, 64, 128, 129, 300):
+        logits = traced(num_tokens)
+        assert (logits.shape, logits.dtype) == ((num_tokens, 256), torch.float32)
+        assert traced.takes(CLUSTER_OP)
+    assert len(traced.graphs) <= 2
+
+
+def test_a_forced_flashinfer_is_taken_on_hopper(
+    on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(90)
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "flashinfer")
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8)
+    assert traced.takes_the_op
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": (384, 7168)}, {"shape": (128, 7168)}, {"dtype": torch.float32}]
+)
+def test_another_weight_is_sglangs_own_forward(
+    change: dict[str, object], on_gpu: Callable[[int], None]
+) -> None:
+    on_gpu(100)
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU), **change))
+    traced(8)
+    assert not traced.takes_the_op
+
+
+@pytest.mark.parametrize(("sm", "requested"), [(90, "auto"), (90, "cluster"), (100, "auto")])
+def test_deterministic_inference_is_sglangs_own_forward(
+    sm: int,
+    requested: str,
+    on_gpu: Callable[[int], None],
+    publish_server_args: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_gpu(sm)
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", requested)
+    gate = _on_fake_cuda(sglang_gate(CPU))
+    traced = Tracer(gate)
+    traced(8)
+    assert traced.takes_a_kernel
+    publish_server_args(enable_deterministic_inference=True)
+    traced = Tracer(gate)
+    traced(8)
+    assert not traced.takes_a_kernel
+
+
+@pytest.mark.parametrize("sm", [80, 89, 121, 130])
+def test_auto_on_a_gpu_that_nobody_measured_is_sglangs_own_forward(
+    sm: int, on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(sm)
+    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8)
+    assert not traced.takes_a_kernel
+
+
+def test_a_context_parallel_prefill_is_sglangs_own_forward(on_gpu: Callable[[int], None]) -> None:
+    on_gpu(100)
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8, forward_batch=SimpleNamespace(attn_cp_metadata=1))
+    assert not traced.takes_the_op
+
+
+def test_a_kernel_that_did_not_load_is_sglangs_own_forward(
+    on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(100)
+    monkeypatch.setitem(kernels._loaded, LOADED, "nvcc is missing")
+    traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
+    traced(8)
+    assert not traced.takes_the_op
+
+
+def test_a_static_m_beyond_the_kernel_is_sglangs_own_forward(
+    on_gpu: Callable[[int], None],
+) -> None:
+    """As in `--enable-torch-compile`, which compiles each batch size by itself."""
+    on_gpu(100)
+    gate = _on_fake_cuda(sglang_gate(CPU))
+    traced = Tracer(gate)
+    traced(17)
+    assert not traced.takes_the_op
+    traced = Tracer(gate)
+    traced(16)
+    assert traced.takes_the_op

@@ -1,0 +1,104 @@
+"""Many calls on a real GPU: random ones, and graphs of every M replayed 100,000 times."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import random_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_router_gemm_fuzz import matrices, same_as_fp64
+
+from sglang.srt.models.deepseek_v2_gate import prepare_router_gemm
+from sglang.srt.layers.moe_router import kernels, ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cluster_backend")]
+
+CASES = 5000
+REPLAYS = 100_000
+MAX_TOKENS = 128
+# Shapes that the kernel serves, and two that it does not.
+SHAPES = [(256, 7168), (160, 5120), (48, 1536), (16, 512), (17, 512), (16, 64)]
+
+
+@pytest.fixture
+def cluster_backend(monkeypatch: pytest.MonkeyPatch, publish_server_args: object) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cluster")
+    for num_experts, hidden_size in SHAPES:
+        prepare_router_gemm(
+            torch.empty(num_experts, hidden_size, dtype=torch.bfloat16, device="cuda")
+        )
+
+
+@st.composite
+def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    num_experts, hidden_size = draw(st.sampled_from(SHAPES))
+    num_tokens = draw(st.one_of(st.integers(0, 17), st.integers(0, 140)))
+    wrong = draw(st.sampled_from([0] * 9 + [1]))
+    devices = draw(st.sampled_from([("cuda", "cuda")] * 9 + [("cuda", "cpu"), ("cpu", "cuda")]))
+    plain = draw(st.booleans())  # or the kernel would hardly ever serve
+    return (
+        draw(matrices(num_tokens, hidden_size, devices[0], plain)),
+        draw(matrices(num_experts, hidden_size + wrong, devices[1], plain)),
+    )
+
+
+def test_random_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = 0
+    run_cluster = kernels.run_cluster
+
+    def counted(*arguments: torch.Tensor, pdl: bool) -> None:
+        nonlocal served
+        served += 1
+        run_cluster(*arguments, pdl=pdl)
+
+    monkeypatch.setattr(kernels, "run_cluster", counted)
+
+    @settings(max_examples=CASES)
+    @given(pair=operands())
+    def each_is_right_or_names_the_argument(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+        hidden_states, weight = pair
+        fits = hidden_states.shape[1] == weight.shape[1] and hidden_states.dtype == weight.dtype
+        with torch.no_grad():
+            if not fits or hidden_states.device != weight.device:
+                with pytest.raises(ValueError, match=r"^weight (is|has)"):
+                    ops._cluster_router_gemm(hidden_states, weight)
+                return
+            logits = ops.cluster_router_gemm(hidden_states, weight)
+        assert logits.dtype == torch.float32
+        assert logits.shape == (len(hidden_states), len(weight))
+        assert same_as_fp64(logits, hidden_states, weight)
+
+    each_is_right_or_names_the_argument()
+    assert served > CASES // 10
+
+
+def test_graphs_of_every_m_replayed_in_random_order() -> None:
+    hidden_states, weight = random_inputs(MAX_TOKENS, "cuda")
+    ops.cluster_router_gemm(hidden_states, weight)
+    graphs, logits = {}, {}
+    pool = torch.cuda.graph_pool_handle()
+    for num_tokens in range(MAX_TOKENS, 0, -1):
+        graphs[num_tokens] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[num_tokens], pool=pool):
+            logits[num_tokens] = ops.cluster_router_gemm(hidden_states[:num_tokens], weight)
+    expected = torch.empty(MAX_TOKENS, 256, device="cuda")
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    pick = random.Random(0)
+    free_bytes = 0
+    for replay in range(REPLAYS):
+        if replay % 100 == 0:
+            hidden_states.normal_()
+            expected.copy_(ops.cluster_router_gemm(hidden_states, weight))
+        num_tokens = pick.randint(1, MAX_TOKENS)
+        logits[num_tokens].fill_(torch.nan)
+        graphs[num_tokens].replay()
+        wrong += (logits[num_tokens] != expected[:num_tokens]).sum()
+        if replay == REPLAYS // 20:  # PyTorch has by now what it wants for itself
+            torch.cuda.synchronize()
+            free_bytes = torch.cuda.mem_get_info()[0]
+    torch.cuda.synchronize()
+    assert int(wrong) == 0
+    assert torch.cuda.mem_get_info()[0] >= free_bytes
