@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,12 +22,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import _setup  # noqa: F401
 import requests
 import torch
+from router_gemm_benchmark.report import driver_version, versions
+from router_gemm_benchmark.timing import DEEPSEEK_V3_DENSE_LAYERS
 
-from sglang_router_gemm.doctor import installed_versions
+from sglang.srt.layers.moe_router.backends import BACKENDS
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
 
-DEEPSEEK_V3_LAYERS = 61
 VOCAB_SIZE = 8192
 STARTUP_TIMEOUT_S = 420
 REQUEST_TIMEOUT_S = 120
@@ -77,8 +81,8 @@ def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
         "model_type": "deepseek_v3",
         "torch_dtype": "bfloat16",
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": 7168,
-        "n_routed_experts": 256,
+        "hidden_size": DEEPSEEK_V3.hidden_size,
+        "n_routed_experts": DEEPSEEK_V3.num_experts,
         "n_group": 8,
         "topk_group": 4,
         "num_experts_per_tok": 8,
@@ -113,7 +117,7 @@ def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
 def full_width_config(num_layers: int, dtype: str) -> dict[str, Any]:
     """DeepSeek-V3's config.json, but for the number of layers and the vocabulary."""
     widths = {
-        "first_k_dense_replace": min(3, num_layers - 1),
+        "first_k_dense_replace": min(DEEPSEEK_V3_DENSE_LAYERS, num_layers - 1),
         "intermediate_size": 18432,
         "moe_intermediate_size": 2048,
         "num_attention_heads": 128,
@@ -255,7 +259,7 @@ def side_by_side(
 
 def patch_taken(log: str) -> bool:
     """Whether a server's log says that a kernel takes the gate's place for some M."""
-    return re.search(r"M [\d-]+ (cluster|flashinfer)\b", log) is not None
+    return re.search(rf"M [\d+-]+ ({'|'.join(BACKENDS)})\b", log) is not None
 
 
 def prompts(count: int, seed: int, lengths: range = range(1, 65)) -> list[list[int]]:
@@ -267,15 +271,23 @@ def prompts(count: int, seed: int, lengths: range = range(1, 65)) -> list[list[i
 
 
 def environment() -> dict[str, str]:
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
-    found = {"GPU": torch.cuda.get_device_name(0), "driver": (driver or ["unknown"])[0]}
-    found |= {name: has or "not installed" for name, has in installed_versions().items()}
+    """Where and when, with which versions, and the call of this script."""
+    found = {"GPU": torch.cuda.get_device_name(0), "driver": driver_version() or "unknown"}
+    found |= {name: has or "not installed" for name, has in versions().items()}
     found["torch"] = torch.__version__  # with the CUDA that it was built for
     found["Python"] = platform.python_version()
     found["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    found["taken with"] = script_call(sys.argv)
     return found
+
+
+def script_call(argv: Sequence[str]) -> str:
+    """How the script was called, as from the root of this repository, but for --output-dir."""
+    options = iter(argv[1:])
+    kept = []
+    for option in options:
+        if option == "--output-dir":
+            next(options, None)
+        elif not option.startswith("--output-dir="):
+            kept.append(option)
+    return shlex.join(["python3", f"benchmark/server/{Path(argv[0]).name}", *kept])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _setup  # noqa: F401
 import requests
 from dsv3_server import Server, prompts
 

@@ -1,6 +1,6 @@
 """Decode step time of SGLang's real server with the patch and without it, interleaved.
 
-    python3 test/srt/run_dsv3_decode.py --output-dir results
+    python3 benchmark/server/run_dsv3_decode.py --output-dir results
 
 Needs one Hopper or Blackwell GPU with 80 GB, SGLang and this package, no model files. Two
 servers run on the GPU at once, one with the backend and one with `off`, on the model of
@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _setup  # noqa: F401
 from dsv3_server import (
     Server,
     argument_parser,
@@ -43,6 +44,7 @@ from dsv3_server import (
     side_by_side,
 )
 from dsv3_trace import PROFILED_STEPS, profiled_events, routing_us
+from router_gemm_benchmark.timing import quartiles
 from tabulate import tabulate
 
 BATCH_SIZES = (1, 8, 16, 32, 64)
@@ -93,10 +95,6 @@ def profile(servers: Sequence[Server]) -> dict[int, list[list[float]]]:
                 for index, server in enumerate(servers)
             ]
     return spans
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    return statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
 
 
 def shown_quartiles(values: Sequence[float], digits: int) -> str:
@@ -155,7 +153,8 @@ def write(
         [
             "# Decode step time of SGLang's server on a DeepSeek-V3-shaped model",
             "\n".join(f"- {name}: {value}" for name, value in where.items()),
-            f"{num_gates} MoE layers of 256 experts, hidden 7168, moe_intermediate_size "
+            f"{num_gates} MoE layers of {config['n_routed_experts']} experts, hidden "
+            f"{config['hidden_size']}, moe_intermediate_size "
             f"{config['moe_intermediate_size']}; `--load-format dummy`. Two servers on one GPU, "
             f"which took turns; median and quartiles of {num_rounds} rounds, {STEPS} steps "
             "each.",

@@ -1,6 +1,6 @@
 """2,000 requests to SGLang's real server with the patch, and to one without it.
 
-    python3 test/srt/run_dsv3_load.py --output-dir results
+    python3 benchmark/server/run_dsv3_load.py --output-dir results
 
 Needs one Hopper or Blackwell GPU with 80 GB, SGLang and this package, no model files. Two
 servers run on the GPU at once, one with the backend and one with `off`, on the model of
@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import _setup  # noqa: F401
 from dsv3_server import (
     Server,
     argument_parser,

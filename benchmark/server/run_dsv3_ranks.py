@@ -1,6 +1,6 @@
 """SGLang's real server on several GPUs of one host, at DeepSeek-V3's widths.
 
-    python3 test/srt/run_dsv3_ranks.py --tp 2 --output-dir results
+    python3 benchmark/server/run_dsv3_ranks.py --tp 2 --output-dir results
 
 Needs that many Hopper or Blackwell GPUs, nvcc, SGLang and this package, no model files: 128
 heads, MoE intermediate size 2048, FP8 weights in blocks (bf16 with `--dtype bf16`), dummy, as
@@ -28,9 +28,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import _setup  # noqa: F401
 import torch
 from dsv3_server import (
-    DEEPSEEK_V3_LAYERS,
     Server,
     argument_parser,
     environment,
@@ -39,15 +39,17 @@ from dsv3_server import (
     prompts,
     running,
 )
+from router_gemm_benchmark.timing import DEEPSEEK_V3_LAYERS
 from tabulate import tabulate
 
 from sglang.srt.layers.moe_router import jit
+from sglang.srt.layers.moe_router.kernel import device_sm
+from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 
 # Of the GPUs' memory: what the weights may take, and what they and the KV cache take together.
 WEIGHTS_SHARE, STATIC_SHARE = 0.75, 0.85
 PROMPTS, NEW_TOKENS = 32, 32
 DUMPED_PROMPTS = range(1, 17)
-KERNEL_SOURCE = "cluster_router_gemm.cu"
 
 
 def layers_that_fit(memory: int, dtype: str) -> int:
@@ -72,9 +74,9 @@ def layers_that_fit(memory: int, dtype: str) -> int:
     return max(num_dense + 1, min(fit, DEEPSEEK_V3_LAYERS))
 
 
-def counted_nvcc(folder: Path) -> tuple[dict[str, str], Path]:
-    """A CUDA_HOME whose nvcc writes down each call and then is the real one."""
-    real = jit.find_nvcc().resolve()
+def counted_nvcc(folder: Path, sm: int) -> tuple[dict[str, str], Path]:
+    """A CUDA_HOME whose nvcc writes down each call and then is the one for `sm`."""
+    real = jit.find_nvcc(sm).resolve()
     calls = folder / "nvcc_calls.txt"
     calls.touch()
     home = folder / "cuda"
@@ -94,7 +96,7 @@ def counted_nvcc(folder: Path) -> tuple[dict[str, str], Path]:
 
 def builds(calls: Path) -> int:
     """How often nvcc compiled our kernel, so far."""
-    return sum(KERNEL_SOURCE in line for line in calls.read_text().splitlines())
+    return sum(SOURCE.name in line for line in calls.read_text().splitlines())
 
 
 def policy_lines(server: Server) -> list[str]:
@@ -158,7 +160,9 @@ def main() -> int:
         (model / "config.json").write_text(
             json.dumps(full_width_config(num_layers, arguments.dtype))
         )
-        variables, calls = counted_nvcc(folder)
+        sm = device_sm(torch.device("cuda", 0))
+        assert sm is not None
+        variables, calls = counted_nvcc(folder, sm)
         cache = folder / "tvm_ffi"
         cache.mkdir(mode=0o700)
         variables["TVM_FFI_CACHE_DIR"] = str(cache)

@@ -1,6 +1,6 @@
 """SGLang's real server on a DeepSeek-V3-shaped model, with and without the patch.
 
-    python3 test/srt/run_dsv3_server.py --output-dir results
+    python3 benchmark/server/run_dsv3_server.py --output-dir results
 
 Needs a Hopper or Blackwell GPU, SGLang and this package, no model files: the model has
 DeepSeek-V3's full router width (hidden 7168, 256 experts in 8 groups, top 8 of 4 groups,
@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _setup  # noqa: F401
 import torch
 from dsv3_server import (
     Server,
@@ -41,7 +42,7 @@ from dsv3_server import (
 from dsv3_trace import PROFILED_STEPS, ROUTER_KERNEL, profiled_events
 from tabulate import tabulate
 
-from sglang_router_gemm.routing import agreement, grouped_topk
+from sglang_router_gemm.routing import agreement, grouped_topk, relative_error
 
 CONCURRENCIES = (1, 8, 16)
 REQUESTS_PER_CLIENT = 4
@@ -76,9 +77,7 @@ def serve(server: Server, backend: str, profile_dir: Path) -> Serving:
             outputs[concurrency] = list(pool.map(partial(generate, server), batch))
         seconds[concurrency] = time.monotonic() - started
     kernels = profiled_router_kernels(server, profile_dir)
-    interesting = re.compile(
-        r"Router GEMM|CUDA graph (begin|end)|hook\(s\) to .*MoEGate|ready to roll"
-    )
+    interesting = re.compile(r"Router GEMM|CUDA graph (begin|end)|ready to roll")
     lines = [line for line in server.log.read_text().splitlines() if interesting.search(line)]
     return Serving(backend, startup, lines, kernels, outputs, seconds)
 
@@ -142,7 +141,7 @@ def compare_dumps(
             LayerComparison(
                 name,
                 len(logits[0]),
-                float(torch.dist(*logits) / logits[1].norm()),
+                relative_error(*logits),
                 chosen,
                 agreement(grouped_topk(logits[0]), grouped_topk(logits[1])),
             )
@@ -186,7 +185,8 @@ def report(
     parts.append("\n".join(f"- {name}: {value}" for name, value in where.items()))
     shape = ("num_hidden_layers", "first_k_dense_replace", "moe_intermediate_size")
     parts.append(
-        "Model: hidden 7168, 256 experts in 8 groups, top 8 of 4 groups, sigmoid and bias; "
+        f"Model: hidden {config['hidden_size']}, {config['n_routed_experts']} experts in 8 groups, "
+        "top 8 of 4 groups, sigmoid and bias; "
         + ", ".join(f"{name} {config[name]}" for name in shape)
         + "; `--load-format dummy`."
     )

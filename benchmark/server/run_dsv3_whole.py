@@ -1,6 +1,6 @@
 """DeepSeek-V3 as it is, on eight GPUs: decode step time, throughput and a profile.
 
-    python3 test/srt/run_dsv3_whole.py --output-dir results
+    python3 benchmark/server/run_dsv3_whole.py --output-dir results
 
 Needs one host with eight H200 (1.1 TB of GPU memory), SGLang and this package, no model files:
 the model is DeepSeek-V3's own config.json with dummy weights, `--tp 8` and CUDA graphs. `--small
@@ -14,9 +14,9 @@ is also served by `sglang.bench_serving` and profiled, batch 1, for what runs be
 the gates and how far they overlap the kernel before.
 
 Writes `dsv3_whole.json` and `dsv3_whole.md` after each start, so that a run that is cut short is
-not lost, and at the end `dsv3_whole_step` and `dsv3_whole_saving` as PNG and SVG, for which it
-needs matplotlib; `--report-only` does that again elsewhere, from the JSON. Exits with 1 where the
-patch was not taken.
+not lost, and at the end the plots `dsv3_whole_step` and `dsv3_whole_saving`, for which it needs
+matplotlib: PNG, with `--svg` SVG too. `--report-only` does that again elsewhere, from the JSON.
+Exits with 1 where the patch was not taken.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,9 +35,9 @@ from operator import sub
 from pathlib import Path
 from typing import Any
 
+import _setup
 import torch
 from dsv3_server import (
-    DEEPSEEK_V3_LAYERS,
     Server,
     argument_parser,
     deepseek_v3_config,
@@ -51,14 +51,18 @@ from dsv3_server import (
     running,
 )
 from dsv3_trace import last_step, profiled_events
-from run_dsv3_decode import PROMPT_TOKENS, quartiles, rows, shown_quartiles, step_us
+from router_gemm_benchmark.plots import save_plot
+from router_gemm_benchmark.providers import CUBLAS
+from router_gemm_benchmark.report import medians
+from router_gemm_benchmark.timing import CHAIN, DEEPSEEK_V3_LAYERS, quartiles
+from run_dsv3_decode import PROMPT_TOKENS, rows, shown_quartiles, step_us
 from tabulate import tabulate
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmark/kernels/deepseek/results"
+BENCHMARKS = _setup.BENCHMARK / "results"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 MEASUREMENTS, STEPS = 3, 128  # of each batch size in a start; of a measurement
 CONCURRENCIES = (1, 8, 64)
@@ -72,7 +76,7 @@ SERVED = {
     "median_tpot_ms": "TPOT, ms",
 }
 # Providers of the benchmark: ours, and what SGLang runs beyond the M of its own kernel.
-CHAIN_OURS, CHAIN_BEYOND = "ours: cluster", "cuBLAS fp32"
+CHAIN_OURS, CHAIN_BEYOND = "ours: cluster", CUBLAS
 
 Results = dict[str, Any]
 
@@ -115,13 +119,10 @@ def save_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def promised_us(chain: Results, off: str, num_gates: int) -> dict[int, float]:
     """µs that a step saves by the benchmark's `chain`, for each batch size that it has."""
-    medians: dict[int, dict[str, float]] = defaultdict(dict)
-    for timing in chain["timings"]:
-        if (timing["mode"], timing["tp_size"]) == ("chain", 1):
-            medians[timing["num_tokens"]][timing["provider"]] = timing["median_us"]
+    by_num_tokens = medians(chain, CHAIN.name)
     promised = {}
     for size in BATCH_SIZES:
-        row = medians[size]
+        row = by_num_tokens.get(size, {})
         theirs = row.get(off, row.get(CHAIN_BEYOND))
         if theirs is not None and CHAIN_OURS in row:
             promised[size] = num_gates * (theirs - row[CHAIN_OURS])
@@ -271,8 +272,8 @@ def save(results: Results, folder: Path) -> Results:
     return written
 
 
-def save_plots(results: Results, folder: Path) -> list[Path]:
-    """Step time and saving by batch size, each as PNG and SVG."""
+def save_plots(results: Results, folder: Path, svg: bool = False) -> list[Path]:
+    """Step time and saving by batch size, each as PNG, and SVG on request."""
     steps, chain = paired(results), results["chain"]
     times = {
         backend: {size: quartiles(pair[index]) for size, pair in steps.items()}
@@ -281,41 +282,42 @@ def save_plots(results: Results, folder: Path) -> list[Path]:
     saving = {
         "measured": {size: quartiles(savings(pair)) for size, pair in steps.items()},
         f"promised by chain, {chain['gpu']}": {
-            int(size): [us] * 3 for size, us in chain["promised_us"].items()
+            int(size): (us, us, us) for size, us in chain["promised_us"].items()
         },
     }
     where = results["environment"]
     title = f"{where['GPU']}, SGLang {where['sglang']}, {results['num_gates']} gates"
     return [
-        *plot(times, f"{title}: decode step", folder / "dsv3_whole_step"),
-        *plot(saving, f"{title}: saved per decode step", folder / "dsv3_whole_saving"),
+        *plot(times, f"{title}: decode step", folder / "dsv3_whole_step", svg),
+        *plot(saving, f"{title}: saved per decode step", folder / "dsv3_whole_saving", svg),
     ]
 
 
-def plot(series: dict[str, dict[int, list[float]]], title: str, path: Path) -> list[Path]:
-    import matplotlib
+def plot(
+    series: Mapping[str, Mapping[int, tuple[float, float, float]]],
+    title: str,
+    path: Path,
+    svg: bool,
+) -> list[Path]:
+    """Medians by batch size, with their quartiles."""
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = path.name
-    import matplotlib.pyplot as plt
+    def add_lines(axes: Any) -> None:
+        for (name, points), style in zip(series.items(), ("--s", "-o"), strict=True):
+            low, middle, high = zip(*points.values(), strict=True) if points else ((), (), ())
+            spread = [list(map(sub, middle, low)), list(map(sub, high, middle))]
+            axes.errorbar(
+                list(points), middle, spread, fmt=style, markersize=4, capsize=3, label=name
+            )
 
-    figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
-    for (name, points), style in zip(series.items(), ("--s", "-o"), strict=True):
-        low, middle, high = zip(*points.values(), strict=True) if points else ((), (), ())
-        spread = [list(map(sub, middle, low)), list(map(sub, high, middle))]
-        axes.errorbar(list(points), middle, spread, fmt=style, markersize=4, capsize=3, label=name)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("µs")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(BATCH_SIZES, labels=[str(each) for each in BATCH_SIZES])
-    axes.grid(alpha=0.3)
-    axes.set_title(f"{title}\nmedian and quartiles of the starts")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    saved = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    figure.savefig(saved[0], dpi=130)
-    figure.savefig(saved[1], metadata={"Date": None})
-    plt.close(figure)
-    return saved
+    return save_plot(
+        path,
+        add_lines,
+        title=f"{title}\nmedian and quartiles of the starts",
+        labels=("batch size", "µs"),
+        ticks=BATCH_SIZES,
+        powers_of_two=True,
+        svg=svg,
+    )
 
 
 def main() -> int:
@@ -330,11 +332,13 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="trying it, not the model")
     parser.add_argument("--skip-serving", action="store_true")
     parser.add_argument("--skip-profile", action="store_true")
+    parser.add_argument("--svg", action="store_true", help="the plots as SVG, too")
     parser.add_argument("--report-only", action="store_true", help="from the JSON, without a GPU")
     arguments = parser.parse_args()
     if arguments.report_only:
         folder = arguments.output_dir
-        save_plots(save(json.loads((folder / "dsv3_whole.json").read_text()), folder), folder)
+        results = save(json.loads((folder / "dsv3_whole.json").read_text()), folder)
+        save_plots(results, folder, arguments.svg)
         return 0
     arguments = parse_arguments(parser)
     if torch.cuda.device_count() < arguments.tp:
@@ -345,7 +349,7 @@ def main() -> int:
     chain = json.loads(arguments.chain.read_text())
     where = environment()
     backends = [arguments.backend, "off"]
-    results: Results = {
+    results = {
         "environment": where | {"GPU": f"{arguments.tp} x {where['GPU']}"},
         "small": arguments.small,
         "dtype": arguments.dtype,
@@ -402,7 +406,7 @@ def main() -> int:
             print(f"{backend}: up after {up_after:.0f} s", flush=True)
     print(report(written))
     try:
-        save_plots(written, output)
+        save_plots(written, output, arguments.svg)
     except ImportError:
         print("No plots: matplotlib is not installed; --report-only draws them elsewhere.")
     return int(not taken)

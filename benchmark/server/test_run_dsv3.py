@@ -16,8 +16,10 @@ import run_dsv3_load as load
 import run_dsv3_ranks as ranks
 import run_dsv3_whole as whole
 import torch
-from dsv3_server import Server, full_width_config, patch_taken
+from dsv3_server import Server, full_width_config, patch_taken, script_call
 from dsv3_trace import last_step, routing_us
+
+from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 
 
 def test_the_load_has_short_and_long_prompts_and_gives_some_up() -> None:
@@ -81,7 +83,7 @@ def test_a_server_that_leaks_is_not_loaded_for_ever(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_saving_of_a_step_is_shared_among_the_gates() -> None:
-    steps = {8: [[100.0, 101.0, 102.0], [119.0, 120.0, 121.0]]}
+    steps = {8: [[99.0, 100.0, 101.0, 102.0, 103.0], [118.0, 119.0, 120.0, 121.0, 122.0]]}
     [(batch, ours, off, ratio, saved)] = decode.rows(steps, num_gates=19)
     assert (batch, ours, off) == ("8", "101 (100-102)", "120 (119-121)")
     assert ratio == "1.188"
@@ -104,8 +106,8 @@ def test_all_layers_fit_only_where_deepseek_v3_does() -> None:
 
 
 def test_nvcc_is_counted_for_our_kernel_alone(tmp_path: Path) -> None:
-    variables, calls = ranks.counted_nvcc(tmp_path)
-    for source in ("other.cu", ranks.KERNEL_SOURCE):
+    variables, calls = ranks.counted_nvcc(tmp_path, sm=90)
+    for source in ("other.cu", SOURCE.name):
         command = ["nvcc", "--dryrun", "-c", str(tmp_path / source)]
         subprocess.run(command, env=os.environ | variables, capture_output=True, check=False)
     assert len(calls.read_text().splitlines()) == 2
@@ -165,7 +167,8 @@ def test_the_whole_model_is_deepseek_v3s() -> None:
     ("line", "taken"),
     [
         ("M 1-128 cluster, M 129+ SGLang (backend auto, PDL on)", True),
-        ("M 1+ SGLang (backend auto, PDL on)", False),
+        ("M 1+ SGLang: auto takes cluster on SM 90 only (backend auto, PDL on)", False),
+        ("M 1+ torch (backend torch, PDL on)", True),
         ("SGLANG_ROUTER_GEMM_BACKEND=off, SGLang's gate is untouched.", False),
     ],
 )
@@ -220,7 +223,7 @@ def test_a_gate_is_timed_from_the_norm_to_the_top_k() -> None:
     assert routing_us(events) == [6.0] * 4
     assert routing_us([kernel("topk_kernel", 0, 1), kernel("topk_kernel", 5, 1)]) == []
     [table] = decode.routing_rows({64: [[8.0, 8.5, 9.0], [11.0, 11.25, 11.5]], 1: [[], [9.0]]})
-    assert table == ("64", "8.50 (8.00-9.00)", "11.25 (11.00-11.50)", "2.75")
+    assert table == ("64", "8.50 (8.25-8.75)", "11.25 (11.12-11.38)", "2.75")
 
 
 def test_the_benchmark_promises_what_58_gates_save() -> None:
@@ -297,7 +300,7 @@ def test_the_report_has_what_both_backends_measured(tmp_path: Path) -> None:
         *("15290 (15290-15290)", "1.019"),
         *("5.00 (5.00-5.00)", "290 (290-290)", "93"),
     ]
-    assert cells(text, "1", "14005 (13998-14012)")[-2:] == ["200 (200-200)", ""]
+    assert cells(text, "1", "14005 (14002-14008)")[-2:] == ["200 (200-200)", ""]
     assert cells(text, "64", "auto")[2:] == [
         "4.25",
         "543.50",
@@ -320,11 +323,31 @@ def test_the_plots_are_written_from_the_json_alone(tmp_path: Path) -> None:
     whole.save(made_up_results() | {"profile": {}, "serving": {}}, tmp_path)
     script = [sys.executable, whole.__file__, "--report-only", "--output-dir", str(tmp_path)]
     subprocess.run(script, check=True)
-    for name in ("step", "saving"):
-        for ending in ("png", "svg"):
-            assert (tmp_path / f"dsv3_whole_{name}.{ending}").stat().st_size > 1000
+    plots = [f"dsv3_whole_{name}.png" for name in ("saving", "step")]
+    assert sorted(path.name for path in tmp_path.glob("*whole_*")) == plots
+    assert all((tmp_path / name).stat().st_size > 1000 for name in plots)
     nothing_yet = made_up_results() | {"step_us": {"1": [[14000.0], []]}}
-    assert len(whole.save_plots(json.loads(json.dumps(nothing_yet)), tmp_path)) == 4
+    saved = whole.save_plots(json.loads(json.dumps(nothing_yet)), tmp_path, svg=True)
+    assert [path.suffix for path in saved] == [".png", ".svg"] * 2
+
+
+def test_the_report_says_how_it_was_taken() -> None:
+    called = ["somewhere/run_dsv3_decode.py", "--output-dir", "out", "--rounds", "7", "--", "-x y"]
+    shown = "python3 benchmark/server/run_dsv3_decode.py --rounds 7 -- '-x y'"
+    assert script_call(called) == shown
+    assert script_call([called[0], "--rounds", "7", "--output-dir=out", *called[-2:]]) == shown
+
+
+@pytest.mark.parametrize("script", sorted(Path(__file__).parent.glob("run_dsv3_*.py")))
+def test_a_python_that_lacks_a_module_is_told_in_one_line(script: Path) -> None:
+    # -S: without site-packages, as the Python of a machine where nothing is installed.
+    done = subprocess.run(
+        [sys.executable, "-S", str(script), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"{script.name}: No module named" in done.stderr
+    assert ".venv/bin/python" in done.stderr
 
 
 def test_bench_serving_takes_the_options_and_the_tokenizer(

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from tabulate import tabulate
 
-from sglang.srt.plugins import load_plugins
 from sglang.srt.layers.moe_router.environ import requested_backend
+from sglang.srt.plugins import load_plugins
 
 NUM_EXPERTS, HIDDEN_SIZE = 256, 7168
 NUM_TOKENS = range(1, 65)
@@ -92,10 +92,10 @@ def run() -> int:
     ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
-        f"Gates [{NUM_EXPERTS}, {HIDDEN_SIZE}] on {name}, backend {requested_backend()}, "
-        f"M = {NUM_TOKENS[0]} to {NUM_TOKENS[-1]}"
+        f"Gates [{NUM_EXPERTS}, {HIDDEN_SIZE}] on {name}, M = {NUM_TOKENS[0]} to "
+        f"{NUM_TOKENS[-1]}, backend {requested_backend()}, relative error to fp64:"
     )
-    headers = ("gate", "logits", "relative error to fp64", "allowed", "")
+    headers = ("gate", "logits", "relative error", "allowed", "")
     print(tabulate(rows, headers, disable_numparse=True))
     return int(not all(check.passed for check in checks))
 

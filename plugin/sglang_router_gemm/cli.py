@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="show the GPU, the versions, the settings, and the path each model's gate takes",
-        description="Shows which path the gate of each model takes here, and why not the fast "
-        "one. Exits with 1 where a forced backend cannot serve DeepSeek-V3.",
+        description="Shows which path the gate of each model takes here, whether its kernel is "
+        "in the cache already or would be built, and if it cannot be had, why. Exits with 1 where "
+        "DeepSeek-V3 does not get the forced backend, or what auto takes on this GPU.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     commands.add_parser(
@@ -33,15 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prebuild = commands.add_parser(
         "prebuild",
-        help="build a backend's kernels now, without a GPU, so that the server does not",
+        help="build the kernels now, without a GPU, so that the server does not",
         description="Builds every kernel that would otherwise be compiled when the server "
-        "starts. Needs nvcc and no GPU. Exits with 1 where a build fails.",
+        "starts: by default what auto takes, for the models that doctor lists. Needs nvcc and no "
+        "GPU. Exits with 1 where a build fails, or where there is nothing to build.",
     )
     prebuild.add_argument(
         "--backend",
-        choices=("flashinfer", "cluster"),
-        default="flashinfer",
-        help="whose kernels; cluster's for the models that doctor lists (default: %(default)s)",
+        metavar="NAME",
+        help="whose kernels, cluster or flashinfer (default: what auto takes on each ARCH)",
     )
     prebuild.add_argument(
         "--arch",
@@ -49,12 +51,26 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ARCH",
         help="compute capabilities of the GPUs, as in 9.0a 10.0a (default: this machine's)",
     )
+    whose = prebuild.add_mutually_exclusive_group()
+    whose.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="a model's config.json, or its folder: build for this one alone",
+    )
+    whose.add_argument(
+        "--shape",
+        nargs=2,
+        type=int,
+        metavar=("N", "K"),
+        help="build for gates with N experts and a hidden_size of K alone",
+    )
     prebuild.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder to start the server with as FLASHINFER_WORKSPACE_BASE, for cluster as "
-        "TVM_FFI_CACHE_DIR (default: theirs)",
+        help="folder to start the server with, in the variables that are shown at the end "
+        "(default: the folders that those name already, else the home's .cache)",
     )
     export = commands.add_parser(
         "export",
@@ -73,10 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status; 2 stands for a bad setting."""
     arguments = build_parser().parse_args(argv)
+    if not _has_sglang():
+        print("sglang-router-gemm: SGLang is not installed; pip install sglang", file=sys.stderr)
+        return 1
     if arguments.command == "prebuild":
         from sglang_router_gemm import prebuild
 
-        return prebuild.run(arguments.backend, arguments.arch, arguments.out)
+        return prebuild.run(
+            arguments.backend, arguments.arch, arguments.out, arguments.model, arguments.shape
+        )
     if arguments.command == "export":
         try:
             from sglang_router_gemm import export
@@ -100,3 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sglang_router_gemm import check
 
     return check.run()
+
+
+def _has_sglang() -> bool:
+    spec = importlib.util.find_spec("sglang")
+    # A folder of that name, as an uninstall may leave one, is a module without an origin.
+    return spec is not None and spec.origin is not None

@@ -117,7 +117,7 @@ def _check_custom_op(module: ast.Module) -> None:
 def _check_environ(module: ast.Module) -> None:
     for name in ("EnvStr", "EnvBool", "Envs"):
         _class(module, _ENVIRON, name)
-    _check_names(_class(module, _ENVIRON, "EnvField"), {"__init__", "__set_name__", "get"})
+    _check_names(_class(module, _ENVIRON, "EnvField"), {"__init__", "__set_name__", "parse"})
 
 
 def _check_names(scope: ast.ClassDef, names: set[str]) -> None:

@@ -2,144 +2,203 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import shutil
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+import textwrap
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 
-from sglang.srt.layers.moe_router import kernels
-from sglang.srt.layers.moe_router.call import RouterGemmCall, device_sm
+from sglang.srt.layers.moe_router.backends import BACKENDS, Backend
+from sglang.srt.layers.moe_router.kernel import Target, device_sm
 from sglang.srt.layers.moe_router.environ import (
     SGLANG_ROUTER_GEMM_BACKEND,
     SGLANG_ROUTER_GEMM_PDL,
     pdl_enabled,
     requested_backend,
 )
-from sglang.srt.layers.moe_router.policy import (
-    MEASURED_SMS,
-    RULES,
-    Decision,
-    decisions_by_num_tokens,
+from sglang.srt.layers.moe_router.jit import BuildError, find_nvcc
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Model
+from sglang.srt.layers.moe_router.packages import first_line, installed_versions
+from sglang.srt.layers.moe_router.plan import Decision, decide
+from sglang_router_gemm.contract import examine as examine_contract
+
+_WIDTH = 80
+_GROUP, _PLUGIN = "sglang.srt.plugins", "dsv3_router_gemm"
+_NOT_ACTIVE = (
+    "SGLang loads no plugins in its Ray actors and in `python -m sglang.bench_one_batch`: "
+    "there its own path serves every M."
 )
 
-# `n_routed_experts` and `hidden_size` in the config.json of each model.
-MODELS = (
-    ("DeepSeek-V3", 256, 7168),
-    ("Kimi-K2", 384, 7168),
-    ("Mistral Large 3", 128, 7168),
-    ("GLM-5", 256, 6144),
-    ("DeepSeek-V2", 160, 5120),
-)
 
-PACKAGES = (
-    "sglang-dsv3-router-gemm",
-    "torch",
-    "sglang",
-    "flashinfer-python",
-    "sglang-kernel",
-    "triton",
-    "apache-tvm-ffi",
-)
+class Kernel(NamedTuple):
+    """Whether one backend's kernel can be had for one gate."""
+
+    problem: str | None
+    """Why not, and what to install; None if it can."""
+    origin: str = ""
+    """Where it comes from: the cache, a build, or the package."""
 
 
 def examine() -> dict[str, Any]:
     """Everything that doctor shows, as plain values for JSON."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    sm = device_sm(device_type, 0)
-    requested = requested_backend()
-    missing = {name: kernels.missing(name, sm) for name in RULES}
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    sm = device_sm(device)
     return {
-        "gpu": torch.cuda.get_device_name(0) if device_type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(0) if device.type == "cuda" else None,
         "sm": sm,
-        "versions": installed_versions(),
-        "nvcc": _nvcc(),
+        "versions": installed_versions() | {"cuda": torch.version.cuda},
+        "nvcc": _nvcc(sm),
         "settings": {
-            SGLANG_ROUTER_GEMM_BACKEND.name: requested,
+            SGLANG_ROUTER_GEMM_BACKEND.name: requested_backend(),
             SGLANG_ROUTER_GEMM_PDL.name: pdl_enabled(),
         },
-        "models": [
+        "plugin": why_not_loaded(),
+        "models": [examine_gate(model, device, sm) for model in MODELS],
+    }
+
+
+def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str, Any]:
+    """The path that one model's gate takes for each M, and where its kernel comes from.
+
+    Args:
+        model: the row of the table.
+        device: where the gate would be.
+        sm: 10 * major + minor of its compute capability, None for a CPU.
+    """
+    target = Target(device, sm, model.num_experts, model.hidden_size)
+    asked: dict[str, Kernel] = {}
+
+    def unavailable(backend: Backend) -> str | None:
+        asked[backend.name] = find_kernel(backend, target)
+        return why_not_loaded() or asked[backend.name].problem
+
+    decision = decide(requested_backend(), target, torch.bfloat16, unavailable)
+    return {
+        "model": model.name,
+        "num_experts": model.num_experts,
+        "hidden_size": model.hidden_size,
+        "as_asked": _is_as_asked(decision),
+        "paths": [
             {
-                "model": model,
-                "num_experts": num_experts,
-                "hidden_size": hidden_size,
-                "paths": [
-                    {
-                        "num_tokens": served.tokens,
-                        "path": served.decision.backend or "sglang",
-                        "reason": _reason(served.decision, sm),
-                    }
-                    for served in decisions_by_num_tokens(
-                        RouterGemmCall(device_type, sm, None, num_experts, hidden_size),
-                        requested,
-                        missing,
-                    )
-                ],
+                "num_tokens": num_tokens,
+                "path": name or "sglang",
+                "reason": decision.reason if name is None else not_measured(name, sm),
+                "kernel": asked[name].origin if name is not None else None,
             }
-            for model, num_experts, hidden_size in MODELS
+            for num_tokens, name in decision.ranges()
         ],
     }
 
 
-def _reason(decision: Decision, sm: int | None) -> str | None:
-    if decision.refusal is not None:
-        return decision.refusal.reason
-    if sm not in MEASURED_SMS.get(decision.backend or "", (sm,)):
-        return f"{decision.backend} was not measured on SM {sm}"
-    return None
+def find_kernel(backend: Backend, target: Target) -> Kernel:
+    """Whether a backend's kernel can be had, and where it comes from. Builds nothing."""
+    problem = backend.missing(target.sm)
+    if problem is not None:
+        return Kernel(problem)
+    if backend.find_builder is None:
+        return Kernel(None, "installed")
+    try:
+        nvcc = backend.find_builder(target)
+    except BuildError as error:
+        return Kernel(f"{backend.kernel} cannot be had: {error}")
+    except Exception as error:  # whatever the library raises
+        return Kernel(f"{backend.kernel} cannot be had: {first_line(error)}; {backend.hint}")
+    return Kernel(None, "cached" if nvcc is None else f"builds with {nvcc}")
 
 
-def installed_versions() -> dict[str, str | None]:
-    """The packages that a decision or a number may depend on, None where one is missing."""
-    return {name: _version(name) for name in PACKAGES} | {"cuda": torch.version.cuda}
+def why_not_loaded() -> str | None:
+    """Why SGLang does not hook its gate with the plugin; None if it does."""
+    if not entry_points(group=_GROUP, name=_PLUGIN):
+        return "sglang-dsv3-router-gemm is not installed here; pip install it"
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    if allowed and _PLUGIN not in [name.strip() for name in allowed.split(",")]:
+        return f"SGLANG_PLUGINS is {allowed!r}, must have {_PLUGIN} in it, or be unset"
+    sglang = importlib.util.find_spec("sglang")
+    assert sglang is not None
+    assert sglang.origin is not None
+    problem = examine_contract(Path(sglang.origin).parent).problem
+    return None if problem is None else f"this SGLang does not fit: {problem}"
+
+
+def not_measured(backend: str, sm: int | None) -> str | None:
+    """A remark where this project's own kernel was not timed on that GPU."""
+    measured = BACKENDS[backend].measured_sms
+    if measured is None or sm in measured:
+        return None
+    return f"{backend} was not measured on SM {sm}"
 
 
 def run(as_json: bool) -> int:
-    """Prints the findings; 1 where a forced backend cannot serve DeepSeek-V3, else 0."""
+    """Prints the findings; 1 where DeepSeek-V3's gate does not get what is asked, else 0.
+
+    That is a forced backend, or what `auto` takes on this GPU.
+    """
     findings = examine()
-    print(json.dumps(findings, indent=2) if as_json else _as_text(findings))
-    requested = requested_backend()
-    deepseek_v3 = findings["models"][0]["paths"]
-    forced = requested in RULES
-    return int(forced and all(path["path"] != requested for path in deepseek_v3))
+    print(json.dumps(findings, indent=2) if as_json else as_text(findings))
+    return int(not findings["models"][MODELS.index(DEEPSEEK_V3)]["as_asked"])
 
 
-def _as_text(findings: dict[str, Any]) -> str:
+def _is_as_asked(decision: Decision) -> bool:
+    forced = requested_backend() in BACKENDS
+    return decision.backend is not None or not (forced or decision.unavailable)
+
+
+def as_text(findings: dict[str, Any]) -> str:
+    """The findings as tables of at most 80 columns."""
     machine = [("GPU", findings["gpu"] or "none"), ("SM", findings["sm"] or "-")]
     machine += [(name, found or "not installed") for name, found in findings["versions"].items()]
-    machine += [("nvcc", findings["nvcc"] or "not found; FlashInfer builds its kernel with it")]
+    machine += [("nvcc", findings["nvcc"])]
     machine += list(findings["settings"].items())
-    paths = [
-        (
-            model["model"],
-            f"{model['num_experts']} x {model['hidden_size']}",
-            path["num_tokens"],
-            path["path"],
-            path["reason"] or "",
-        )
-        for model in findings["models"]
-        for path in model["paths"]
-    ]
-    headers = ("model", "N x K", "M", "path", "why not the fast one, or a remark")
-    # disable_numparse: "1-16" and "0.5.23" are text.
-    return "\n\n".join(
-        (
-            tabulate(machine, tablefmt="plain", disable_numparse=True),
-            tabulate(paths, headers, tablefmt="simple", disable_numparse=True),
-        )
+    machine += [("plugin", findings["plugin"] or "loads with SGLang")]
+    return "\n\n".join((_labelled(machine), _gates(findings["models"]), _fold(_NOT_ACTIVE)))
+
+
+def _labelled(rows: list[tuple[str, Any]]) -> str:
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join(_fold(str(value), f"{label:{width}}", " " * width) for label, value in rows)
+
+
+def _gates(models: list[dict[str, Any]]) -> str:
+    rows, remarks = [], []
+    for model in models:
+        for path in model["paths"]:
+            rows.append(
+                (
+                    model["model"],
+                    f"{model['num_experts']} x {model['hidden_size']}",
+                    path["num_tokens"],
+                    path["path"],
+                )
+            )
+            remarks.append("; ".join(filter(None, (path["kernel"], path["reason"]))))
+    # disable_numparse: "1-16" is text.
+    table = tabulate(rows, ("model", "N x K", "M", "path"), "simple", disable_numparse=True)
+    lines = table.splitlines()
+    for index, remark in reversed(list(enumerate(remarks))):
+        lines[index + 3 : index + 3] = [_fold(remark, "    ", "    ")] if remark else []
+    return "\n".join(lines)
+
+
+def _fold(text: str, first: str = "", others: str = "") -> str:
+    # A path is not broken: whoever reads it copies it.
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
-def _version(distribution: str) -> str | None:
+def _nvcc(sm: int | None) -> str:
     try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _nvcc() -> str | None:
-    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{cuda_home}/bin")
+        # Without a GPU it serves `prebuild`; every nvcc that SGLang's CUDA has knows SM 90.
+        return str(find_nvcc(sm or min(DEEPSEEK_V3.auto)))
+    except BuildError as error:
+        return str(error)

@@ -17,6 +17,7 @@ import libcst as cst
 from libcst.codemod import CodemodContext
 from libcst.codemod.visitors import RemoveImportsVisitor
 
+from sglang.srt.layers.moe_router.environ import CHOICES
 from sglang_router_gemm.contract import GATE_CLASS, GATE_MODULE, MODEL, OP, examine
 
 ENVIRON = "srt/environ.py"
@@ -25,7 +26,7 @@ ENVIRON = "srt/environ.py"
 _ENVIRON_ANCHOR = "SGLANG_FLASHINFER_USE_PAGED"
 _FIELDS = (
     (
-        "# Router GEMM of DeepSeek-V3: auto, flashinfer, sgl_kernel, torch or off.",
+        f"# Router GEMM of the MoE gate: {', '.join(CHOICES[:-1])} or {CHOICES[-1]}.",
         'SGLANG_ROUTER_GEMM_BACKEND = EnvStr("auto")',
     ),
     (
@@ -35,7 +36,7 @@ _FIELDS = (
 )
 
 _FAST_PATH = """\
-logits = fast_router_logits(hidden_states, self.weight, forward_batch)
+logits = router_logits(self, hidden_states, forward_batch)
 if logits is not None:
     return logits
 """
@@ -109,7 +110,7 @@ def edit_model(text: str) -> str:
     if any(_imported_from(node) == GATE_MODULE for node in module.body):
         return text
     body = [_with_fast_path(node) if _is_gate(node) else node for node in module.body]
-    imports = {GATE_MODULE: "fast_router_logits, prepare_router_gemm"}
+    imports = {GATE_MODULE: "plan_gate, router_logits"}
     without_op = [node for node in body if not _registers_op(node)]
     if len(without_op) < len(body):
         # The op that SGLang 0.5.11 to 0.5.14 register here declares no mutated argument.
@@ -159,7 +160,7 @@ def _with_fast_path(gate: cst.CSTNode) -> cst.CSTNode:
             continue
         statements = list(method.body.body)
         if method.name.value == "__init__":
-            statements.append(cst.parse_statement("prepare_router_gemm(self.weight)"))
+            statements.append(cst.parse_statement("plan_gate(self)"))
         elif method.name.value == "forward":
             start = int(method.get_docstring() is not None)
             statements[start : start + 1] = [

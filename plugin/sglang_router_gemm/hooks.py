@@ -52,9 +52,28 @@ def _patch(model: ModuleType) -> None:
     if contract.in_tree:
         logger.info("Router GEMM: SGLang's %s has the fast path, the plugin rests.", GATE_CLASS)
         return
+    gate_class = _sglangs_own(getattr(model, GATE_CLASS))
+    if gate_class is None:
+        logger.warning(
+            "Router GEMM: another plugin has replaced %s.%s, that one serves.", MODEL, GATE_CLASS
+        )
+        return
+    if "router_plan" not in vars(gate_class):  # else it is hooked
+        _hook(gate_class)
+        logger.info("Router GEMM: %s.%s is hooked.", MODEL, GATE_CLASS)
+
+
+def _sglangs_own(gate_class: type) -> Any:
+    """SGLang's class, which another plugin may have subclassed; None if it has not even that."""
+    for each in gate_class.__mro__:
+        if (each.__module__, each.__qualname__) == (MODEL, GATE_CLASS):
+            return each
+    return None
+
+
+def _hook(gate_class: Any) -> None:
     from sglang.srt.models.deepseek_v2_gate import plan_gate, router_logits
 
-    gate_class = getattr(model, GATE_CLASS)
     own_init: Callable[..., None] = gate_class.__init__
     own_forward: Callable[..., torch.Tensor] = gate_class.forward
 
@@ -77,4 +96,3 @@ def _patch(model: ModuleType) -> None:
 
     gate_class.router_plan = None  # of a gate that was built by other means
     gate_class.__init__, gate_class.forward = init, forward
-    logger.info("Router GEMM: %s.%s is hooked.", MODEL, GATE_CLASS)

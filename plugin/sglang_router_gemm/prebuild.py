@@ -1,117 +1,180 @@
 """`sglang-router-gemm prebuild`: builds kernels ahead of the server, without a GPU.
 
-FlashInfer compiles into `$FLASHINFER_WORKSPACE_BASE/.cache/flashinfer/<version>/<GPUs>/`
-and lets ninja decide, at every start, whether what lies there is current. The server
-compiles nothing if it looks into the same folder and writes the same `build.ninja`.
-`<GPUs>` and the compiler's flags are those of the GPUs that FlashInfer sees, or of
-`FLASHINFER_CUDA_ARCH_LIST`. A server sees one kind, so each kind is built by itself.
+By default it builds what `auto` takes on each kind of GPU. FlashInfer reads the kind from
+`FLASHINFER_CUDA_ARCH_LIST` when it is imported, so each kind is built in a process of its own.
 
-The cluster kernel lies in TVM FFI's cache, a module for each N, K and GPU.
+FlashInfer compiles into `$FLASHINFER_WORKSPACE_BASE/.cache/flashinfer/<version>/<GPUs>/` and
+lets ninja decide, at every start, whether what lies there is current. The server compiles
+nothing if it looks into the same folder and writes the same `build.ninja`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 ARCH_LIST = "FLASHINFER_CUDA_ARCH_LIST"
-WORKSPACE_BASE = "FLASHINFER_WORKSPACE_BASE"
 
-_BUILD = "from sglang_router_gemm.prebuild import build_listed; build_listed()"
+_BUILD = "from sglang_router_gemm.prebuild import build_jobs; build_jobs()"
 _STEP = re.compile(r"\[\d+/\d+\]")
+_NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+
+Shape = tuple[int, int]
+"""N and K."""
 
 
 class PrebuildError(Exception):
     """Why nothing can be built, in one line."""
 
 
-def run(backend: str, archs: Sequence[str] | None, out: Path | None) -> int:
+class Job(NamedTuple):
+    """One kernel to build: for an SM, and weights `[num_experts, hidden_size]`."""
+
+    backend: str
+    sm: int
+    num_experts: int
+    hidden_size: int
+
+
+def run(
+    backend: str | None,
+    archs: Sequence[str] | None,
+    out: Path | None,
+    model: Path | None = None,
+    shape: Sequence[int] | None = None,
+) -> int:
     """Builds for each of `archs` and shows progress; 1 after a failure, else 0.
 
     Args:
-        backend: `flashinfer` or `cluster`.
+        backend: whose kernels; by default what `auto` takes.
         archs: compute capabilities, as in `9.0a`; by default those of this machine.
-        out: becomes `FLASHINFER_WORKSPACE_BASE`, for `cluster` `TVM_FFI_CACHE_DIR`; by
-            default their own choice.
+        out: becomes each cache variable of what is built; by default they stay as they are.
+            A folder that was not there before is removed after a failure.
+        model: a config.json or its folder, for its shape alone.
+        shape: N and K, for this shape alone. By default all models of the table.
     """
-    variable, build = _BUILDERS[backend]
-    environment = dict(os.environ)
-    if out is not None:
-        environment[variable] = str(out.absolute())
     try:
-        build(archs, environment)
+        shapes = None if shape is None else [(shape[0], shape[1])]
+        jobs = plan_jobs(backend, archs, shapes if model is None else [read_shape(model)])
+        variables = _cache_variables(jobs)
+        environment = dict(os.environ)
+        if out is not None:
+            environment |= dict.fromkeys(variables, str(out.absolute()))
+        for variable in variables:
+            _check_writable(environment.get(variable))
+        with _all_or_nothing(out):
+            for arch_list, group in jobs.items():
+                _build(group, jobs, environment | {ARCH_LIST: arch_list})
+            if out is not None:
+                _let_others_read(out)
     except PrebuildError as error:
         print(f"sglang-router-gemm prebuild: {error}", file=sys.stderr)
         return 1
     if out is not None:
-        print(f"Start the server with {variable}={environment[variable]}")
+        print("Start the server with", *(f"{name}={environment[name]}" for name in variables))
+    for folder in _to_be_owned(jobs, environment):
+        print(
+            "If it runs as another user, that user must own the folder, for the kernel's library "
+            f"writes there too: chown -R USER {folder}"
+        )
     return 0
 
 
-def _build_flashinfer(archs: Sequence[str] | None, environment: dict[str, str]) -> None:
-    for arch_list in _arch_lists(archs):
-        _build(environment | {ARCH_LIST: arch_list})
+# ---- What to build -----------------------------------------------------------------------------
 
 
-def _build_cluster(archs: Sequence[str] | None, environment: dict[str, str]) -> None:
-    from sglang.srt.layers.moe_router import cluster_router_gemm, jit
-    from sglang_router_gemm.doctor import MODELS
+def plan_jobs(
+    backend: str | None, archs: Sequence[str] | None, shapes: Sequence[Shape] | None
+) -> dict[str, list[Job]]:
+    """The kernels to build, by the `FLASHINFER_CUDA_ARCH_LIST` to build them with.
 
-    os.environ |= environment
-    for major, minor in [_capability(arch) for arch in archs] if archs else _gpus():
-        for _, num_experts, hidden_size in MODELS:
-            spec = cluster_router_gemm.spec(num_experts, hidden_size, 10 * major + minor)
-            started = time.perf_counter()
-            try:
-                jit.build(spec)
-            except jit.BuildError as error:
-                raise PrebuildError(f"{spec.name}: {error}") from error
-            seconds = time.perf_counter() - started
-            print(f"{spec.name}: ready after {seconds:.0f} s", flush=True)
+    Says in a line where there is nothing to build for one of several archs.
 
-
-_BUILDERS = {
-    "flashinfer": (WORKSPACE_BASE, _build_flashinfer),
-    "cluster": ("TVM_FFI_CACHE_DIR", _build_cluster),
-}
-
-
-def build_listed() -> None:
-    """Builds for `FLASHINFER_CUDA_ARCH_LIST`, which FlashInfer reads when it is imported.
+    Args:
+        backend: one that is compiled; None for what `auto` takes.
+        archs: as in `9.0a`; None for the GPUs of this machine.
+        shapes: those of the weights; None for the models of the table.
 
     Raises:
-        SystemExit: the installed packages cannot do that, with the reason.
+        PrebuildError: there is nothing to build, or an argument is not that.
     """
-    from sglang.srt.layers.moe_router import kernels
+    import torch
 
-    capabilities = [_capability(arch) for arch in os.environ[ARCH_LIST].split()]
-    for major, minor in capabilities:
-        if reason := kernels.missing("flashinfer", 10 * major + minor):
-            sys.exit(reason)
-    _require_compiler()
-    # Two GPUs may share a module.
-    specs = {spec.name: spec for spec in map(_spec_for, capabilities)}
-    for name, spec in specs.items():
-        if spec.is_aot:
-            print(f"{name} is in flashinfer-jit-cache already", flush=True)
-            continue
-        print(f"building {name}, which takes a minute or two", flush=True)
-        try:
-            # FLASHINFER_JIT_VERBOSE would show ninja's steps too, but it also compiles for
-            # debugging, and the server would then compile again.
-            spec.build(verbose=True, need_lock=True)
-        except RuntimeError as error:
-            sys.exit(f"{name} does not build with CUDA_HOME={_cuda_home()}: {error}")
+    from sglang.srt.layers.moe_router.backends import BACKENDS, either
+    from sglang.srt.layers.moe_router.kernel import Target
+    from sglang.srt.layers.moe_router.environ import AUTO
+    from sglang.srt.layers.moe_router.models import MODELS
+    from sglang.srt.layers.moe_router.plan import decide
+
+    compiled = [each.name for each in BACKENDS.values() if each.build is not None]
+    if backend is not None and backend not in compiled:
+        raise PrebuildError(f"backend is {backend!r}, must be {either(compiled)}")
+    if shapes is None:
+        shapes = [(model.num_experts, model.hidden_size) for model in MODELS]
+    jobs: dict[str, list[Job]] = {}
+    nothing = []
+    for arch_list, arch in _arch_lists(archs):
+        major, minor = _capability(arch)
+        sm = 10 * major + minor
+        reasons = []
+        for shape in dict.fromkeys(shapes):
+            decision = decide(
+                backend or AUTO,
+                Target(torch.device("cuda"), sm, *shape),
+                torch.bfloat16,
+                lambda backend: None,
+            )
+            if decision.backend is not None and decision.backend.build is not None:
+                job = Job(decision.backend.name, sm, *shape)
+                jobs.setdefault(arch_list, []).append(job)
+            else:
+                reasons.append(decision.reason)
+        if len(reasons) == len(dict.fromkeys(shapes)):
+            nothing.append(f"{arch}: nothing to build: {reasons[0]}")
+    if nothing and (backend is not None or not jobs):
+        raise PrebuildError(nothing[0])
+    for line in nothing:
+        print(line, flush=True)
+    return jobs
 
 
-def _arch_lists(archs: Sequence[str] | None) -> list[str]:
+def read_shape(path: Path) -> Shape:
+    """N and K of the model whose config.json, or its folder, this is.
+
+    Raises:
+        PrebuildError: there is no such file, or it does not say.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PrebuildError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PrebuildError(f"{file} is not JSON: {error}") from error
+    whole = config if isinstance(config, dict) else {}
+    for part in (whole, whole.get("text_config")):
+        if isinstance(part, dict):
+            num_experts = next((part[name] for name in _NUM_EXPERTS if part.get(name)), None)
+            hidden_size = part.get("hidden_size")
+            if isinstance(num_experts, int) and isinstance(hidden_size, int):
+                return num_experts, hidden_size
+    raise PrebuildError(
+        f"{file} has no {', '.join(_NUM_EXPERTS[:-1])} or {_NUM_EXPERTS[-1]} beside "
+        "hidden_size: must be the config.json of an MoE model"
+    )
+
+
+def _arch_lists(archs: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Each arch, after the list with which FlashInfer is to build for it."""
     listed = os.environ.get(ARCH_LIST)
     if listed is not None:
         if archs:
@@ -119,12 +182,11 @@ def _arch_lists(archs: Sequence[str] | None) -> list[str]:
                 f"{ARCH_LIST} is {listed!r} and names FlashInfer's folder, also in the server: "
                 "must be unset, or --arch left out"
             )
-        for arch in listed.split():
-            _capability(arch)
-        return [listed]
+        return [(listed, arch) for arch in listed.split()]
     # With the "a" that FlashInfer adds to the capability of a GPU it sees.
     capabilities = [_capability(arch) for arch in archs] if archs else _gpus()
-    return [f"{major}.{minor}a" for major, minor in dict.fromkeys(capabilities)]
+    names = [f"{major}.{minor}a" for major, minor in dict.fromkeys(capabilities)]
+    return list(zip(names, names, strict=True))
 
 
 def _capability(arch: str) -> tuple[int, int]:
@@ -143,58 +205,123 @@ def _gpus() -> list[tuple[int, int]]:
     return sorted({torch.cuda.get_device_capability(index) for index in found})
 
 
-def _build(environment: dict[str, str]) -> None:
+# ---- Where it goes -----------------------------------------------------------------------------
+
+
+def _cache_variables(jobs: Mapping[str, Sequence[Job]]) -> list[str]:
+    from sglang.srt.layers.moe_router.backends import BACKENDS
+
+    found = [BACKENDS[job.backend].cache_variable for group in jobs.values() for job in group]
+    return [variable for variable in dict.fromkeys(found) if variable is not None]
+
+
+def _to_be_owned(
+    jobs: Mapping[str, Sequence[Job]], environment: Mapping[str, str]
+) -> dict[str, None]:
+    """The folders, of those that a variable names, to which the server's user must write."""
+    from sglang.srt.layers.moe_router.backends import BACKENDS
+
+    used = {BACKENDS[job.backend] for group in jobs.values() for job in group}
+    variables = [each.cache_variable or "" for each in used if each.writes_cache]
+    return {environment[name]: None for name in variables if name in environment}
+
+
+def _check_writable(folder: str | None) -> None:
+    from sglang.srt.layers.moe_router.jit import BuildError, check_writable
+
+    try:
+        # Every default lies in the home's .cache.
+        check_writable(Path(folder or "~/.cache").expanduser())
+    except RuntimeError as error:
+        raise PrebuildError(f"{error}: set HOME, or give --out") from error
+    except BuildError as error:
+        raise PrebuildError(str(error)) from error
+
+
+@contextmanager
+def _all_or_nothing(out: Path | None) -> Iterator[None]:
+    """Leaves no `out`, and no folder above it, that was not there before and is not whole."""
+    made: Path | None = None
+    if out is not None:
+        for folder in (out.absolute(), *out.absolute().parents):
+            if folder.exists():
+                break
+            made = folder
+    try:
+        yield
+    except BaseException:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _let_others_read(folder: Path) -> None:
+    """The same for what an earlier run, under another umask, has left there."""
+    for path in (folder, *folder.rglob("*")):
+        found = path.lstat()
+        if found.st_uid == os.geteuid() and not path.is_symlink():
+            path.chmod(found.st_mode | (0o555 if path.is_dir() else 0o444))
+
+
+# ---- Building ----------------------------------------------------------------------------------
+
+
+def build_jobs() -> None:
+    """Builds in this process: `sys.argv` has the jobs to build, and all those of the whole run.
+
+    Raises:
+        SystemExit: the installed packages cannot do that, with the reason.
+    """
+    import torch
+
+    from sglang.srt.layers.moe_router.backends import BACKENDS
+    from sglang.srt.layers.moe_router.kernel import Target
+    from sglang.srt.layers.moe_router.jit import BuildError
+    from sglang.srt.layers.moe_router.packages import first_line
+
+    jobs, all_jobs = ([Job(*job) for job in json.loads(text)] for text in sys.argv[1:])
+    for job in all_jobs:  # before the first minute is spent
+        if reason := BACKENDS[job.backend].missing(job.sm):
+            sys.exit(reason)
+    for job in jobs:
+        backend, target = BACKENDS[job.backend], Target(torch.device("cuda"), *job[1:])
+        assert backend.build is not None
+        assert backend.find_builder is not None
+        name = f"{backend.kernel} [{job.num_experts}, {job.hidden_size}]"
+        started = time.perf_counter()
+        try:
+            if nvcc := backend.find_builder(target):
+                print(f"building {name} with {nvcc}", flush=True)
+            module = backend.build(target)
+        except BuildError as error:
+            sys.exit(f"{backend.name}: {error}")
+        except (OSError, RuntimeError) as error:
+            sys.exit(f"{name} does not build ({first_line(error)})")
+        seconds = time.perf_counter() - started
+        print(f"ready: {module}, after {seconds:.0f} s" if nvcc else f"ready: {module}", flush=True)
+
+
+def _build(
+    jobs: Sequence[Job], all_jobs: Mapping[str, Sequence[Job]], environment: dict[str, str]
+) -> None:
     arch_list = environment[ARCH_LIST]
-    started = time.perf_counter()
+    every = [job for group in all_jobs.values() for job in group]
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _BUILD],
+        [sys.executable, "-W", "ignore", "-c", _BUILD, json.dumps(jobs), json.dumps(every)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        umask=0o022,  # a cache that root made is read by whoever runs the server
     )
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip())
         step = _STEP.match(line)
-        if step is not None or line.startswith("building "):
+        if step is not None or line.startswith(("building ", "ready: ")):
             print(f"{arch_list}: {step[0] if step else line.rstrip()}", flush=True)
     if process.wait() != 0:
         if any(map(_STEP.match, lines)):
             print("\n".join(lines), file=sys.stderr)
         raise PrebuildError(f"{arch_list}: {lines[-1] if lines else 'the build was killed'}")
-    print(f"{arch_list}: ready after {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def _spec_for(capability: tuple[int, int]) -> Any:
-    """The module that `mm_M1_16_K7168_N256` loads on such a GPU."""
-    from flashinfer.jit import gen_dsv3_router_gemm_module
-
-    try:
-        from flashinfer.jit import cake_router_gemm
-    except ImportError:  # FlashInfer < 0.7 has one module for all GPUs
-        return gen_dsv3_router_gemm_module()
-    if cake_router_gemm.supported_capability(capability) is None:
-        return gen_dsv3_router_gemm_module()
-    return cake_router_gemm.gen_cake_router_gemm_module()
-
-
-def _cuda_home() -> str | None:
-    from flashinfer.jit.cpp_ext import get_cuda_path
-
-    try:
-        return str(get_cuda_path())
-    except RuntimeError:
-        return None
-
-
-def _require_compiler() -> None:
-    cuda_home = _cuda_home()
-    nvcc = f"{cuda_home}/bin/nvcc" if cuda_home is not None else "nvcc"
-    for tool in (os.environ.get("FLASHINFER_NVCC", nvcc), "ninja"):
-        if shutil.which(tool) is None:
-            sys.exit(
-                f"{tool} is missing; FlashInfer builds with nvcc and ninja: install the CUDA "
-                "toolkit, set CUDA_HOME, and pip install ninja"
-            )

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's choice of experts, in the precision of its input, as a yardstick."""
+"""How logits compare: their error, and DeepSeek-V3's choice of experts, as a yardstick."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def grouped_topk(logits: torch.Tensor, bias: torch.Tensor | None = None) -> torc
 def agreement(picked: torch.Tensor, expected: torch.Tensor) -> float:
     """Share of the rows, 0 to 1, whose experts are the same set (both sorted)."""
     return float((picked == expected).all(dim=-1).double().mean())
+
+
+def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖logits - expected‖ / ‖expected‖ in fp64; infinite where a logit is not finite."""
+    error = torch.dist(logits.double(), expected.double()) / expected.double().norm()
+    return float(error.nan_to_num(torch.inf))

@@ -2,6 +2,7 @@
 
     python3 benchmark_deepgemm_dsv3_router_gemm_blackwell.py --quick
     python3 benchmark_deepgemm_dsv3_router_gemm_blackwell.py --save-path results
+    python3 benchmark_deepgemm_dsv3_router_gemm_blackwell.py --from-json FILE --csv --save-path DIR
 
 `logits[M, N] = hidden_states[M, K] @ weight[N, K].T`, bf16 in, fp32 out. Every provider is
 first compared with fp64; what is wrong is not timed. Without a GPU it checks the logits of
@@ -11,6 +12,7 @@ SGLang's gate on the CPU and times nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import traceback
@@ -19,6 +21,8 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from router_gemm_benchmark import how_to_call
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +41,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    import sglang_router_gemm  # noqa: F401  makes the table of models importable
+    from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS
+
     parser = _Parser(
         description="Accuracy and speed of the router GEMM of DeepSeek-V3-class models, "
         "against every peer that is installed.",
@@ -55,15 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-experts",
         type=int,
-        choices=(128, 160, 256, 384),
-        default=256,
+        choices=sorted({model.num_experts for model in MODELS}),
+        default=DEEPSEEK_V3.num_experts,
         help="N (default: %(default)s)",
     )
     parser.add_argument(
         "--hidden-dim",
         type=int,
-        choices=(5120, 6144, 7168),
-        default=7168,
+        choices=sorted({model.hidden_size for model in MODELS}),
+        default=DEEPSEEK_V3.hidden_size,
         help="K (default: %(default)s)",
     )
     parser.add_argument(
@@ -88,7 +95,16 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"replays of each graph (default: {ROUNDS})",
     )
     parser.add_argument(
-        "--save-path", type=Path, metavar="DIR", help="write JSON, CSV and plots there"
+        "--save-path", type=Path, metavar="DIR", help="write JSON and plots (PNG) there"
+    )
+    parser.add_argument("--csv", action="store_true", help="into --save-path, too: the timings")
+    parser.add_argument("--svg", action="store_true", help="into --save-path, too: the plots")
+    parser.add_argument(
+        "--from-json",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: show what an earlier run wrote, and write its plots, and CSV and "
+        "SVG where asked, into --save-path; needs no GPU",
     )
     parser.add_argument(
         "--quick",
@@ -103,11 +119,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a backend of ours failed or the run broke, 2 for a bad argument."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.save_path is not None and arguments.save_path.is_file():
-        parser.error(f"argument --save-path: {arguments.save_path} is a file, must be a folder")
+    save_path = arguments.save_path
+    if save_path is not None and save_path.is_file():
+        parser.error(f"argument --save-path: {save_path} is a file, must be a folder")
+    if save_path is None and (arguments.csv or arguments.svg):
+        parser.error(f"argument --{'csv' if arguments.csv else 'svg'}: it needs --save-path")
     import torch
     from router_gemm_benchmark.providers import all_providers
 
+    if arguments.from_json is not None:
+        try:
+            results = json.loads(arguments.from_json.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --from-json: {error}")
+        show(results, save_path, arguments.csv, arguments.svg)
+        return 0
     gpu = torch.cuda.is_available() and torch.version.cuda is not None
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     providers = all_providers(arguments.num_experts, arguments.hidden_dim, device)
@@ -116,27 +142,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"argument --providers: {error}")
     if not gpu:
-        return check_on_cpu()
+        return check_on_cpu(given_options(parser, arguments))
     default = QUICK_NUM_TOKENS if arguments.quick else NUM_TOKENS
     num_tokens = sorted(set(arguments.num_tokens or default))
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     results = empty_results(arguments, num_tokens, rounds, command)
     with torch.no_grad():
-        return run(
+        status = run(
             results,
             providers,
             sorted(set(arguments.tp_sizes)),
             device,
-            arguments.save_path,
+            save_path,
             arguments.check_only,
         )
+    if not arguments.check_only:
+        show(results, save_path, arguments.csv, arguments.svg)
+    return status
 
 
-def check_on_cpu() -> int:
+def given_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[str]:
+    """The options, but for --check-only, whose value is not the default."""
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(arguments).items()
+        if name != "check_only" and value != parser.get_default(name)
+    ]
+
+
+def check_on_cpu(ignored: Sequence[str]) -> int:
     """The gate's logits in real SGLang; there is nothing to time without a GPU."""
     from sglang_router_gemm import check
 
+    if ignored:
+        verb = "is" if len(ignored) == 1 else "are"
+        print(f"No CUDA device: {', '.join(ignored)} {verb} ignored.")
     status = check.run()
     print("Nothing was timed: this machine has no CUDA device.")
     return status
@@ -221,19 +262,26 @@ def run(
         results["error"] = f"{type(error).__name__}: {error}"
     finally:
         save()
-    if results["timings"]:
-        if save_path is not None:
-            report.save_csv(results, save_path)
-            report.save_plots(results, save_path)
-        print(report.detail_table(results))
-    if not check_only:
-        print("\n" + report.summary(results))
     if results["error"] is not None:
         print(f"The run ended early: {results['error']}", file=sys.stderr)
     ours = {each["name"] for each in results["providers"] if each["ours"]}
     failed = {each["provider"] for each in results["accuracy"] if each["failure"]}
     failed |= {each["provider"] for each in results["failures"]}
     return int(bool(ours & failed) or results["error"] is not None)
+
+
+def show(results: Results, save_path: Path | None, csv: bool, svg: bool) -> None:
+    """Prints the tables, and writes the plots and what else was asked for."""
+    from router_gemm_benchmark import report
+
+    if results["timings"]:
+        if save_path is not None:
+            save_path.mkdir(parents=True, exist_ok=True)
+            report.save_plots(results, save_path, svg)
+            if csv:
+                report.save_csv(results, save_path)
+        print(report.detail_table(results) + "\n")
+    print(report.summary(results))
 
 
 def build_all(results: Results, providers: list[Provider]) -> list[Candidate]:
@@ -267,8 +315,9 @@ def check_all(
 ) -> dict[int, list[Candidate]]:
     """Compares everyone with fp64 at every M; returns by M who was right there."""
     from router_gemm_benchmark import accuracy
-    from router_gemm_benchmark.providers import phrase
     from tqdm import tqdm
+
+    from sglang.srt.layers.moe_router.packages import first_line
 
     num_experts, hidden_size = results["num_experts"], results["hidden_size"]
     largest = max(results["num_tokens"])
@@ -293,7 +342,7 @@ def check_all(
                     "provider": provider.name,
                     "mode": "bits",
                     "num_tokens": largest,
-                    "reason": phrase(error),
+                    "reason": first_line(error),
                 }
             )
         save()
@@ -309,7 +358,9 @@ def time_all(
 ) -> None:
     """Times who was right, on one GPU and then on several at once."""
     import torch
-    from router_gemm_benchmark.timing import Bench, measure_ranks
+    from router_gemm_benchmark.timing import Bench, Work, measure_ranks
+
+    from sglang.srt.layers.moe_router.packages import first_line
 
     num_experts, hidden_size = results["num_experts"], results["hidden_size"]
     if 1 in tp_sizes:
@@ -324,16 +375,16 @@ def time_all(
         torch.cuda.empty_cache()
     gpus = torch.cuda.device_count()
     names = {m: [each.provider.name for each in here] for m, here in right.items()}
+    work = Work(names, num_experts, hidden_size, results["rounds"])
     for tp_size in tp_sizes:
         if tp_size > gpus:
             reason = f"{gpus} GPU{'s' if gpus > 1 else ''} here"
             results["not_run"].append({"tp_size": tp_size, "reason": reason})
         elif tp_size > 1:
             try:
-                found = measure_ranks(tp_size, names, num_experts, hidden_size, results["rounds"])
-                results["timings"] += map(asdict, found)
+                results["timings"] += map(asdict, measure_ranks(tp_size, work))
             except Exception as error:  # a rank died: the other sizes may still run
-                reason = f"{type(error).__name__}: {error}"
+                reason = first_line(error)
                 results["not_run"].append({"tp_size": tp_size, "reason": reason})
         save()
 
@@ -344,9 +395,10 @@ def time_one_gpu(
     bench: Bench,
     save: Callable[[], None],
 ) -> None:
-    from router_gemm_benchmark.providers import phrase
     from router_gemm_benchmark.timing import DO_BENCH, MODES
     from tqdm import tqdm
+
+    from sglang.srt.layers.moe_router.packages import first_line
 
     for num_tokens, candidates in tqdm(right.items(), desc="timing", disable=None):
         for mode in MODES:
@@ -366,7 +418,7 @@ def time_one_gpu(
                         "provider": candidate.provider.name,
                         "mode": DO_BENCH,
                         "num_tokens": num_tokens,
-                        "reason": phrase(error),
+                        "reason": first_line(error),
                     }
                 )
         save()
@@ -397,4 +449,7 @@ def _integer_in(what: str, first: int, last: int) -> Callable[[str], int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        sys.exit(how_to_call(error))

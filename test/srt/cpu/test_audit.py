@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "audit.py"
+SCRIPT = Path(__file__).resolve().parents[3] / ".ci" / "audit.py"
 SAFE = {"name": "filelock", "version": "3.20.0", "vulns": []}
 VULNERABLE = {
     "name": "torch",

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "benchmark" / "kernels" / "deepseek"
 sys.path.insert(0, str(FOLDER))  # as where the script is run as a file
 
 import benchmark_deepgemm_dsv3_router_gemm_blackwell as benchmark  # noqa: E402
-from router_gemm_benchmark import accuracy, report, timing  # noqa: E402
+from router_gemm_benchmark import accuracy, providers, report, timing  # noqa: E402
 from router_gemm_benchmark.providers import (  # noqa: E402
     CUBLAS,
     Gemm,
@@ -28,6 +30,10 @@ from router_gemm_benchmark.providers import (  # noqa: E402
     all_providers,
     environment,
 )
+
+from sglang.srt.layers.moe_router.backends import BACKENDS, Backend  # noqa: E402
+from sglang.srt.layers.moe_router.models import MODELS  # noqa: E402
+from sglang.srt.layers.moe_router.plan import Plan, make_plan  # noqa: E402
 
 CPU = torch.device("cpu")
 N, K = 64, 512
@@ -57,6 +63,9 @@ def provider(name: str, gemm: Gemm = exact, **fields: Any) -> Provider:
         (["--tp-sizes", "0"], "'0', must be 1 to 8"),
         (["--rounds", "-1"], "'-1'"),
         (["--providers", "nobody"], "'nobody'"),
+        (["--csv"], "--csv: it needs --save-path"),
+        (["--svg"], "--svg: it needs --save-path"),
+        (["--from-json", "no_such_file.json"], "no_such_file.json"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -85,12 +94,27 @@ def test_without_a_gpu_the_gate_is_checked_and_nothing_timed(
     from sglang_router_gemm import check
 
     monkeypatch.setattr(check, "NUM_TOKENS", range(1, 3))
-    assert benchmark.main(["--quick"]) == 0
+    assert benchmark.main(["--quick", "--tp-sizes", "2", "--num-experts", "256"]) == 0
     output = capsys.readouterr().out
+    assert output.startswith("No CUDA device: --tp-sizes, --quick are ignored.\n")
     assert "SGLang's MoEGate with the plugin" in output
     assert "Nothing was timed" in output
     monkeypatch.setattr(check, "run", lambda: 1)
-    assert benchmark.main([]) == 1
+    assert benchmark.main(["--check-only"]) == 1
+    assert "ignored" not in capsys.readouterr().out
+    benchmark.main(["--rounds", "3"])
+    assert "No CUDA device: --rounds is ignored.\n" in capsys.readouterr().out
+
+
+def test_a_python_that_lacks_a_module_is_told_in_one_line() -> None:
+    # -S: without site-packages, as the Python of a machine where nothing is installed.
+    done = subprocess.run(
+        [sys.executable, "-S", benchmark.__file__], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No module named" in done.stderr
+    assert ".venv/bin/python" in done.stderr
 
 
 def test_the_provider_filter_takes_words() -> None:
@@ -112,43 +136,81 @@ def test_without_a_gpu_every_kernel_is_skipped_with_a_reason() -> None:
 
 
 def test_a_later_backend_appears_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang.srt.layers.moe_router import policy
-
-    rules = {**policy.RULES, "cluster": policy.RULES["torch"]}
-    monkeypatch.setattr(policy, "RULES", rules)
+    later = replace(BACKENDS["torch"], name="later", measured_sms=(120,))
+    monkeypatch.setitem(cast("dict[str, Backend]", BACKENDS), "later", later)
     found = {each.name: each for each in all_providers(256, 7168, CPU)}
-    assert found["ours: cluster"].own_kernel
-    assert not found["ours: flashinfer"].own_kernel
+    assert found["ours: later"].own_kernel
+    assert found["ours: later"].build() is not None
+    own = {name for name, each in found.items() if each.own_kernel}
+    assert own == {"ours: cluster", "ours: later"}
 
 
 def test_names_are_told_apart_at_every_shape() -> None:
-    for num_experts in (128, 160, 256, 384):
-        for hidden_size in (5120, 6144, 7168):
-            names = [each.name for each in all_providers(num_experts, hidden_size, CPU)]
-            assert len(names) == len(set(names))
+    for model in MODELS:
+        names = [each.name for each in all_providers(model.num_experts, model.hidden_size, CPU)]
+        assert len(names) == len(set(names))
 
 
-def test_our_backend_is_asked_for_by_its_name_and_with_its_pdl(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from sglang.srt.models import deepseek_v2_gate
-    from sglang.srt.layers.moe_router.environ import pdl_enabled, requested_backend
+def test_every_model_of_the_table_can_be_asked_for() -> None:
+    for model in MODELS:
+        shape = ["--num-experts", str(model.num_experts), "--hidden-dim", str(model.hidden_size)]
+        arguments = benchmark.build_parser().parse_args(shape)
+        assert (arguments.num_experts, arguments.hidden_dim) == model[1:3]
 
-    seen = []
-    # The call sets these and leaves them set; monkeypatch puts them back.
-    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "auto")
-    monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", "1")
 
-    def spy(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        seen.append((requested_backend(), pdl_enabled()))
+def _spied_plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool]]:
+    """What each plan of ours is made for from now on: the backend, and whether with PDL."""
+    made = []
+
+    def make(weight: torch.Tensor, requested: str | None = None) -> Plan:
+        plan = make_plan(weight, requested)
+        made.append((requested, plan.pdl))
+        return plan
+
+    monkeypatch.setattr(providers, "make_plan", make)
+    return made
+
+
+def _ours(name: str) -> Provider:
+    return next(each for each in all_providers(N, K, CPU) if each.name == f"ours: {name}")
+
+
+def test_our_backend_is_planned_with_pdl_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _spied_plans(monkeypatch)
+    used = []
+
+    def logits(plan: Plan, *args: torch.Tensor) -> torch.Tensor:
+        used.append((plan.requested, plan.pdl))
         return torch.zeros(1, N)
 
-    monkeypatch.setattr(deepseek_v2_gate, "fast_router_logits", spy)
-    ours = next(each for each in all_providers(N, K, CPU) if each.name == "ours: torch")
-    gemm = ours.build()
-    for pdl in (True, False):
+    gemm = _ours("torch").build()
+    assert made == [("torch", True), ("torch", False)]
+    monkeypatch.setattr(Plan, "logits", logits)
+    for pdl in (True, False, True):
         gemm(torch.zeros(1, K), torch.zeros(N, K), torch.zeros(1, N), pdl)
-    assert seen == [("torch", True), ("torch", False)]
+    assert used == [("torch", True), ("torch", False), ("torch", True)]
+
+
+def test_a_call_of_ours_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    gemm = _ours("torch").build()
+    hidden_states, weight = accuracy.make_inputs("random", 3, N, K, CPU)
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(os, "environ", None)  # whoever reads it now raises
+        logits = gemm(hidden_states, weight, torch.zeros(3, N), True)
+    expected = accuracy.reference(hidden_states, weight)
+    assert accuracy.relative_error(logits, expected) < 1e-6
+
+
+def test_a_call_that_our_plan_leaves_to_sglang_is_an_error() -> None:
+    gemm = _ours("torch").build()
+    with pytest.raises(RuntimeError, match=r"did not take torch: hidden_states is torch\.float32"):
+        gemm(torch.zeros(1, K), torch.zeros(N, K, dtype=torch.bfloat16), torch.zeros(1, N), True)
+
+
+def test_what_cannot_be_served_says_so() -> None:
+    cluster = _ours("cluster")
+    assert "device is cpu" in str(cluster.supports(1))
+    assert _ours("torch").supports(100_000) is None
 
 
 def test_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +220,6 @@ def test_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         environment(TRTLLM_ENABLE_PDL="0", SGLANG_ROUTER_GEMM_PDL="0"),
     ):
         raise ZeroDivisionError
-    import os
-
     assert os.environ["TRTLLM_ENABLE_PDL"] == "1"
     assert "SGLANG_ROUTER_GEMM_PDL" not in os.environ
 
@@ -418,6 +478,7 @@ def _run(providers: list[Provider], save_path: Path | None = None) -> tuple[int,
     results = benchmark.empty_results(arguments, [1, 3], 4, "a test")
     results["gpu"] = "NVIDIA H100 80GB HBM3"
     status = benchmark.run(results, providers, [1, 2], CPU, save_path, check_only=False)
+    benchmark.show(results, save_path, csv=False, svg=False)
     return status, results
 
 
@@ -485,10 +546,7 @@ def test_a_run_marks_what_fails_and_times_the_rest(
     assert "FAILED at M = 1" in output
     stem = f"h100_n{N}_k{K}"
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
-        f"{stem}{end}"
-        for end in (".json", ".csv", "_chain.png", "_chain.svg", "_speedup.png", "_speedup.svg")
-    }
+    assert names == {f"{stem}{end}" for end in (".json", "_chain.png", "_speedup.png")}
     assert json.loads((tmp_path / f"{stem}.json").read_text()) == results
 
 
@@ -592,17 +650,38 @@ def test_csv(results: dict[str, Any], tmp_path: Path) -> None:
 
 def test_plots_show_providers_floor_gpu_and_mode(results: dict[str, Any], tmp_path: Path) -> None:
     saved = report.save_plots(results, tmp_path)
-    assert [path.name for path in saved] == [
-        "h100_chain.png",
-        "h100_chain.svg",
-        "h100_speedup.png",
-        "h100_speedup.svg",
-    ]
+    assert [path.name for path in saved] == ["h100_chain.png", "h100_speedup.png"]
     assert all(path.stat().st_size > 10_000 for path in saved)
     assert saved[0].read_bytes()[:4] == b"\x89PNG"
-    (tmp_path / "again").mkdir()
-    again = report.save_plots(results, tmp_path / "again")
-    assert saved[1].read_bytes() == again[1].read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_svg_is_the_same_each_time_and_names_what_is_in_it(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    found = []
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        folder.mkdir()
+        saved = report.save_plots(results, folder, svg=True)
+        assert [path.suffix for path in saved] == [".png", ".svg"] * 2
+        found.append(saved[1].read_text())
+    assert found[0] == found[1]
+    for text in ("NVIDIA H100 80GB HBM3", "ours: cluster", CUBLAS, "floor", "lower is better"):
+        assert f"<!-- {text}" in found[0] or text in found[0]
+
+
+def test_a_json_gives_tables_plots_csv_and_svg_again(
+    results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = report.save_json(results, tmp_path / "run")
+    argv = ["--from-json", str(written), "--save-path", str(tmp_path / "again")]
+    assert benchmark.main(argv) == 0
+    plots = {"h100_chain.png", "h100_speedup.png"}
+    assert {path.name for path in (tmp_path / "again").iterdir()} == plots
+    assert report.summary(results) in capsys.readouterr().out
+    assert benchmark.main([*argv, "--csv", "--svg"]) == 0
+    more = {"h100.csv", "h100_chain.svg", "h100_speedup.svg"}
+    assert {path.name for path in (tmp_path / "again").iterdir()} == plots | more
 
 
 def test_the_table_names_the_fastest_and_the_ratio(results: dict[str, Any]) -> None:
@@ -627,3 +706,35 @@ def test_the_summary_fits_and_ends_with_the_headline(results: dict[str, Any]) ->
     assert lines[-1].split()[0] == "16"
     assert "chain, µs:" in lines
     assert "warm, µs:" not in lines
+
+
+RESULTS = FOLDER / "results"
+
+
+@pytest.mark.parametrize(
+    "file", sorted(RESULTS.rglob("*.json")), ids=lambda path: str(path.relative_to(RESULTS))
+)
+def test_every_table_fits_a_terminal(file: Path) -> None:
+    found = json.loads(file.read_text())
+    lines = (report.summary(found) + "\n" + report.detail_table(found)).splitlines()
+    assert [line for line in lines if len(line) > report.WIDTH] == []
+
+
+def test_a_wide_table_is_folded_and_nothing_is_lost() -> None:
+    found = json.loads((RESULTS / "h200.json").read_text())
+    wide = report.mode_table(found, "chain", tablefmt="github").splitlines()
+    parts = report.mode_table(found, "chain").split("\n\n")
+    assert len(parts) > 1
+    assert {part.splitlines()[-1].split()[0] for part in parts} == {"16"}
+    shown = [cell for part in parts for cell in part.splitlines()[-1].split()[1:]]
+    assert " ".join(shown) == " ".join(wide[-1].replace("|", " ").split()[1:])
+
+
+def test_results_are_json_and_the_pictures_that_a_page_shows() -> None:
+    pages = [ROOT / "README.md", RESULTS / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = "\n".join(page.read_text() for page in pages)
+    for file in RESULTS.rglob("*"):
+        if file.is_file() and file.name != "README.md":
+            assert file.suffix in (".json", ".png"), file
+            place = file.relative_to(RESULTS).as_posix()
+            assert file.suffix != ".png" or f"results/{place})" in shown, file

@@ -2,7 +2,7 @@
 
 The fast path needs a GPU that this machine may not have. Where a test must see the gate
 choose it, the gate is traced over fake CUDA tensors (torch's own FakeTensorMode), with the
-SM given and FlashInfer's kernel marked as loaded; nothing is run then.
+SM given and the kernel marked as loaded; nothing is run then.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from conftest import random_inputs, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sglang.srt.models import deepseek_v2_gate
-from sglang.srt.models.deepseek_v2_gate import DeepseekV2Gate, fast_router_logits
-from sglang.srt.layers.moe_router import call, kernels
-from sglang.srt.layers.moe_router.call import describe_call
+from sglang.srt.layers.moe_router import backends, flashinfer_router_gemm, packages, plan
+from sglang.srt.layers.moe_router.backends import BACKENDS, find_kernel
+from sglang.srt.layers.moe_router.kernel import Run
+from sglang.srt.models.deepseek_v2_gate import DeepseekV2Gate, plan_gate, router_logits
 from sglang_router_gemm.check import TOLERANCE, check_gate, sglang_gate
 from sglang_router_gemm.check import deepseek_v2_gate as build_deepseek_v2_gate
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = SimpleNamespace(n_routed_experts=256, hidden_size=7168, topk_method="noaux_tc")
-LOADED = kernels._Target("flashinfer", 0, 256, 7168)
 FLASHINFER_OP = torch.ops.sglang.flashinfer_dsv3_router_gemm
 CLUSTER_OP = torch.ops.sglang.cluster_router_gemm
 
@@ -37,51 +36,55 @@ def hooked_gate() -> torch.nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def _warnings_start_afresh(publish_server_args: object) -> None:
-    deepseek_v2_gate._warned.clear()
+def _start_afresh(publish_server_args: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan, no warning and no kernel of an earlier test."""
+    for name, module, empty in (
+        ("_plans", plan, {}),
+        ("_warned", plan, set()),
+        ("_loaded", backends, {}),
+    ):
+        monkeypatch.setattr(module, name, empty)
 
 
-# What the policy is told -----------------------------------------------------------------
+def _not_called(*arguments: object) -> torch.Tensor:
+    raise AssertionError("a kernel ran in a trace")
 
 
-def test_describe_call() -> None:
-    hidden_states, weight = random_inputs(3)
-    described = describe_call(hidden_states, weight)
-    assert described == call.RouterGemmCall("cpu", None, 3, 256, 7168)
+def _mark_loaded(backend: str, *shape: int, kernel: Run | str = _not_called) -> None:
+    backends._loaded[backend, GPU, shape or (256, 7168)] = kernel
 
 
-def test_describe_call_sees_each_difference() -> None:
+# What a call may change ------------------------------------------------------------------
+
+
+def test_a_call_is_looked_at_for_all_that_may_change() -> None:
+    rule = BACKENDS["cluster"].rule
     hidden_states, weight = random_inputs(4)
     padded = torch.zeros(4, 7168 + 8, dtype=torch.bfloat16)[:, :7168]
-    assert not describe_call(padded, weight).row_major
-    assert not describe_call(hidden_states, weight.t().contiguous().t()).row_major
-    assert describe_call(padded[:1], weight).row_major  # one row has no row stride
     offset = torch.zeros(4 * 7168 + 1, dtype=torch.bfloat16)[1:].view(4, 7168)
-    assert describe_call(offset, weight).aligned is False
-    assert describe_call(offset, weight).row_major
     shifted = torch.zeros(256 * 7168 + 4, dtype=torch.bfloat16)[4:].view(256, 7168)
-    assert describe_call(hidden_states, shifted).aligned is False
-    assert describe_call(hidden_states[:0], weight).num_tokens == 0
-    assert describe_call(hidden_states.half(), weight).hidden_states_dtype == torch.float16
-    assert describe_call(hidden_states, weight.float()).weight_dtype == torch.float32
-    assert not describe_call(hidden_states[:, :6144], weight).matching_shapes
-    assert not describe_call(hidden_states.view(2, 2, 7168), weight).matching_shapes
-    assert not describe_call(hidden_states, weight.to("meta")).same_device
+    assert rule.takes(hidden_states, weight)
+    assert rule.takes(hidden_states[:0], weight)
+    assert rule.takes(padded[:1], weight)  # one row has no row stride
+    assert not rule.takes(padded, weight)
+    assert not rule.takes(hidden_states, weight.t().contiguous().t())
+    assert not rule.takes(offset, weight)
+    assert rule.takes_layout(offset, weight, addresses=False)
+    assert not rule.takes(hidden_states, shifted)
+    assert not rule.takes(hidden_states.half(), weight)
+    assert not rule.takes(hidden_states[:, :6144], weight)
+    assert not rule.takes(hidden_states.view(2, 2, 7168), weight)
+    assert not rule.takes(hidden_states, weight.to("meta"))
+    assert not rule.takes(hidden_states.repeat(40, 1), weight)
+    assert BACKENDS["torch"].rule.takes(padded, shifted)
 
 
-def test_describe_call_asks_the_published_server_args(
+def test_deterministic_inference_is_what_the_published_server_args_say(
     publish_server_args: Callable[..., None],
 ) -> None:
-    inputs = random_inputs(1)
-    assert not describe_call(*inputs).deterministic_inference
+    assert not plan.deterministic_inference()
     publish_server_args(enable_deterministic_inference=True)
-    assert describe_call(*inputs).deterministic_inference
-
-
-def test_describe_call_sees_a_context_parallel_prefill() -> None:
-    inputs = random_inputs(1)
-    assert not describe_call(*inputs, SimpleNamespace(attn_cp_metadata=None)).context_parallel
-    assert describe_call(*inputs, SimpleNamespace(attn_cp_metadata=object())).context_parallel
+    assert plan.deterministic_inference()
 
 
 # What is installed -----------------------------------------------------------------------
@@ -89,22 +92,19 @@ def test_describe_call_sees_a_context_parallel_prefill() -> None:
 
 def test_flashinfer_declares_its_sms() -> None:
     """The real FlashInfer's own word: 0.7.2 serves 90, 100 and 103."""
-    assert [sm for sm in (75, 80, 90, 100, 103, 120) if not kernels.missing("flashinfer", sm)] == [
-        90,
-        100,
-        103,
-    ]
-    assert "does not declare SM 120" in (kernels.missing("flashinfer", 120) or "")
+    missing = flashinfer_router_gemm.missing
+    assert [sm for sm in (75, 80, 90, 100, 103, 120) if not missing(sm)] == [90, 100, 103]
+    assert "does not declare SM 120" in (missing(120) or "")
 
 
 def test_an_old_flashinfer_has_no_such_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     import flashinfer.gemm
 
-    monkeypatch.delattr(flashinfer.gemm, kernels.FLASHINFER_KERNEL)
-    kernels._import.cache_clear()
-    assert "has no mm_M1_16_K7168_N256" in (kernels.missing("flashinfer", 100) or "")
+    monkeypatch.delattr(flashinfer.gemm, "mm_M1_16_K7168_N256")
+    packages.find_function.cache_clear()
+    assert "has no mm_M1_16_K7168_N256" in (flashinfer_router_gemm.missing(100) or "")
     monkeypatch.undo()
-    kernels._import.cache_clear()
+    packages.find_function.cache_clear()
 
 
 MISSING = """
@@ -117,8 +117,8 @@ def version(name):
         raise metadata.PackageNotFoundError(name)
     return found(name)
 metadata.version = version
-from sglang.srt.layers.moe_router import kernels
-print(kernels.missing("{backend}", 100))
+from sglang.srt.layers.moe_router.backends import BACKENDS
+print(BACKENDS["{backend}"].missing(100))
 """
 
 
@@ -148,8 +148,9 @@ def test_a_package_that_is_absent_or_broken(
 
 
 def test_a_kernel_that_was_not_loaded_is_unavailable() -> None:
-    reason = kernels.unavailable("flashinfer", torch.device("cuda", 7), 256, 7168)
-    assert reason == "its kernel was not loaded with the model"
+    for name in ("cluster", "flashinfer", "sgl_kernel"):
+        reason = find_kernel(BACKENDS[name], torch.device("cuda", 7), 256, 7168)
+        assert reason == "its kernel was not loaded with the model"
 
 
 # What the gate computes on a CPU ---------------------------------------------------------
@@ -160,6 +161,7 @@ def test_numbers_of_sglangs_gate(
     backend: str, hooked_gate: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", backend)
+    plan_gate(hooked_gate)
     check = check_gate("MoEGate", hooked_gate)
     assert check.logits_dtype == (torch.float32 if backend == "torch" else torch.bfloat16)
     assert check.relative_error <= TOLERANCE[check.logits_dtype]
@@ -171,6 +173,7 @@ def test_sglangs_own_forward_is_untouched(hooked_gate: torch.nn.Module) -> None:
 
     # Exported into SGLang's tree, this runs without the hook.
     own_forward = getattr(MoEGate.forward, "__wrapped__", MoEGate.forward)
+    plan_gate(hooked_gate)
     for num_tokens in (0, 1, 16, 17, 64):
         hidden_states, _ = random_inputs(num_tokens)
         expected = own_forward(hooked_gate, hidden_states)
@@ -182,8 +185,46 @@ def test_sglangs_own_forward_is_untouched(hooked_gate: torch.nn.Module) -> None:
         assert torch.equal(named, expected)
 
 
-def test_router_fp32_weights_stay_with_sglang(hooked_gate: torch.nn.Module) -> None:
-    assert fast_router_logits(torch.ones(1, 7168), torch.ones(256, 7168)) is None
+def test_router_fp32_weights_stay_with_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    gate = build_deepseek_v2_gate(CPU)
+    hidden_states, _ = random_inputs(1)
+    assert router_logits(gate, hidden_states) is not None
+    gate.weight = torch.nn.Parameter(torch.ones(256, 7168))
+    assert router_logits(gate, hidden_states.float()) is None
+
+
+@pytest.mark.parametrize("replace", ["data", "parameter", "shape"])
+def test_a_weight_that_is_replaced_is_noticed(
+    replace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next call has a plan of its own, and the right logits."""
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    gate = build_deepseek_v2_gate(CPU)
+    first = gate.router_plan
+    other = random_inputs(1, num_experts=384 if replace == "shape" else 256)[1]
+    if replace == "data":
+        gate.weight.data = other.half()
+    else:
+        gate.weight = torch.nn.Parameter(other.half())
+    hidden_states = random_inputs(3)[0].half()
+    logits = router_logits(gate, hidden_states)
+    assert logits is not None
+    assert relative_error(logits, hidden_states, other.half()) < 1e-6
+    assert gate.router_plan is not first
+    assert gate.router_plan.is_for(gate.weight)
+
+
+def test_a_gate_that_was_never_planned_is_planned_at_its_first_call(
+    hooked_gate: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose __init__ did not run: unpickled, say."""
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    hooked_gate.router_plan = None
+    hidden_states, _ = random_inputs(2)
+    logits = hooked_gate(hidden_states)
+    assert logits.dtype == torch.float32
+    assert hooked_gate.router_plan.decision.backend is BACKENDS["torch"]
 
 
 @pytest.mark.parametrize("num_experts", [256, 384])
@@ -214,37 +255,58 @@ def test_a_forced_backend_that_cannot_serve_warns_once(
 ) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "flashinfer")
     with caplog.at_level(logging.WARNING):
-        for num_tokens in (1, 2, 17):
-            assert fast_router_logits(*random_inputs(num_tokens)) is None
+        for num_experts in (256, 384):
+            gate = DeepseekV2Gate(
+                SimpleNamespace(**(vars(CONFIG) | {"n_routed_experts": num_experts}))
+            )
+            for num_tokens in (1, 2, 17):
+                assert router_logits(gate, random_inputs(num_tokens)[0]) is None
     assert [record.message for record in caplog.records] == [
         "Router GEMM (backend flashinfer): SGLang's own path serves instead: "
         "device is cpu, must be cuda."
     ]
 
 
-GPU = torch.device("cuda", 0)
+def test_a_forced_backend_says_once_which_calls_it_cannot_serve(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    gate = build_deepseek_v2_gate(CPU)
+    with caplog.at_level(logging.WARNING):
+        for num_tokens in (1, 2):
+            hidden_states, _ = random_inputs(num_tokens)
+            assert router_logits(gate, hidden_states) is not None
+            assert router_logits(gate, hidden_states.half()) is None
+    assert [record.message for record in caplog.records] == [
+        "Router GEMM (backend torch): SGLang's own path serves instead: "
+        "hidden_states is torch.float16, must be torch.bfloat16."
+    ]
 
 
-def _load_on_blackwell(requested: str) -> None:
-    deepseek_v2_gate._prepare_once.__wrapped__(requested, GPU, 256, 7168, torch.bfloat16)
+def _plan_on_gpu(requested: str, monkeypatch: pytest.MonkeyPatch) -> plan.Plan:
+    """A plan for DeepSeek-V3's gate on the GPU that `device_sm` names."""
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", requested)
+    with FakeTensorMode():
+        weight = torch.empty(256, 7168, dtype=torch.bfloat16, device="cuda")
+    return plan.make_plan(weight)
 
 
 @pytest.mark.parametrize("requested", ["auto", "flashinfer"])
 def test_a_missing_flashinfer_warns_once_at_load(
     requested: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 100)
-    monkeypatch.setattr(kernels, "_import", lambda *names: (None, f"{names[2]} is not installed"))
+    monkeypatch.setattr(plan, "device_sm", lambda device: 100)
+    monkeypatch.setattr(
+        flashinfer_router_gemm, "find_function", lambda *names: (None, f"{names[2]} is not there")
+    )
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            _load_on_blackwell(requested)
-    said = [record.message for record in caplog.records]
-    assert said[0] == (
+            _plan_on_gpu(requested, monkeypatch)
+    assert [record.message for record in caplog.records] == [
         f"Router GEMM (backend {requested}): SGLang's own path serves instead: "
-        "flashinfer-python is not installed."
-    )
-    assert said[1:] == 2 * [
-        f"Router GEMM [256, 7168] on SM 100: M 1+ SGLang (backend {requested}, PDL on)"
+        "flashinfer-python is not there.",
+        "Router GEMM [256, 7168] on SM 100: M 1+ SGLang: flashinfer-python is not there "
+        f"(backend {requested}, PDL on)",
     ]
 
 
@@ -252,26 +314,42 @@ def test_a_missing_flashinfer_warns_once_at_load(
 def test_a_kernel_that_does_not_load_warns_once_and_never_raises(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The real `load`, which fails here for want of a GPU; on a GPU see test_router_gemm_gpu."""
-    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 100)
-    monkeypatch.delitem(kernels._loaded, LOADED, raising=False)
+    """The real `load_kernel`, which fails here for want of a GPU; on one see gpu/test_gate.py."""
+    monkeypatch.setattr(plan, "device_sm", lambda device: 100)
     for _ in range(2):
-        _load_on_blackwell("auto")
+        assert _plan_on_gpu("auto", monkeypatch).run is None
     (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "install the CUDA toolkit" in said
-    assert kernels._loaded.pop(LOADED)
+    assert isinstance(find_kernel(BACKENDS["flashinfer"], GPU, 256, 7168), str)
 
 
 def test_the_log_says_what_serves_which_m(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(deepseek_v2_gate, "device_sm", lambda device_type, index: 103)
+    monkeypatch.setattr(plan, "device_sm", lambda device: 103)
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", "0")
-    monkeypatch.setitem(kernels._loaded, LOADED, None)
+    _mark_loaded("flashinfer")
     with caplog.at_level(logging.INFO):
-        _load_on_blackwell("auto")
+        for _ in range(58):
+            _plan_on_gpu("auto", monkeypatch)
     assert [record.message for record in caplog.records] == [
         "Router GEMM [256, 7168] on SM 103: M 1-16 flashinfer, M 17+ SGLang (backend auto, PDL off)"
+    ]
+
+
+def test_under_deterministic_inference_nothing_is_loaded_and_the_log_says_why(
+    publish_server_args: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(plan, "device_sm", lambda device: 90)
+    publish_server_args(enable_deterministic_inference=True)
+    with caplog.at_level(logging.INFO):
+        _plan_on_gpu("auto", monkeypatch)
+    assert backends._loaded == {}
+    assert [record.message for record in caplog.records] == [
+        "Router GEMM [256, 7168] on SM 90: M 1+ SGLang: deterministic inference is on "
+        "(backend auto, PDL on)"
     ]
 
 
@@ -280,8 +358,8 @@ def test_auto_and_off_do_not_warn(
 ) -> None:
     for backend in ("auto", "off"):
         monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", backend)
-        assert fast_router_logits(*random_inputs(1)) is None
-    assert caplog.records == []
+        assert router_logits(build_deepseek_v2_gate(CPU), random_inputs(1)[0]) is None
+    assert [record for record in caplog.records if "Router GEMM" in record.message] == []
 
 
 # The fast path, traced -------------------------------------------------------------------
@@ -324,8 +402,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Pretends that fake CUDA tensors lie on a GPU of this SM with the kernel loaded."""
 
     def be(sm: int) -> None:
-        monkeypatch.setattr(call, "device_sm", lambda device_type, index: sm)
-        monkeypatch.setitem(kernels._loaded, LOADED, None)
+        monkeypatch.setattr(plan, "device_sm", lambda device: sm)
+        _mark_loaded("flashinfer")
 
     return be
 
@@ -337,6 +415,7 @@ def _on_fake_cuda(gate: torch.nn.Module, **change: object) -> torch.nn.Module:
         gate.weight = torch.nn.Parameter(
             torch.empty(shape, dtype=dtype, device="cuda"), requires_grad=False
         )
+    plan_gate(gate)
     return gate
 
 
@@ -359,7 +438,7 @@ def test_auto_on_hopper_takes_cluster(
     on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu(90)
-    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    _mark_loaded("cluster")
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
     assert traced.takes(CLUSTER_OP)
@@ -382,7 +461,7 @@ def test_a_forced_cluster_serves_every_m_in_one_graph(
 ) -> None:
     on_gpu(90)
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cluster")
-    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    _mark_loaded("cluster")
     traced = Tracer(_on_fake_cuda(build(CPU)))
     for num_tokens in (1, 2, 16, 17, 64, 128, 129, 300):
         logits = traced(num_tokens)
@@ -422,14 +501,14 @@ def test_deterministic_inference_is_sglangs_own_forward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_gpu(sm)
-    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    _mark_loaded("cluster")
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", requested)
-    gate = _on_fake_cuda(sglang_gate(CPU))
-    traced = Tracer(gate)
+    gate = sglang_gate(CPU)
+    traced = Tracer(_on_fake_cuda(gate))
     traced(8)
     assert traced.takes_a_kernel
     publish_server_args(enable_deterministic_inference=True)
-    traced = Tracer(gate)
+    traced = Tracer(_on_fake_cuda(gate))
     traced(8)
     assert not traced.takes_a_kernel
 
@@ -439,7 +518,7 @@ def test_auto_on_a_gpu_that_nobody_measured_is_sglangs_own_forward(
     sm: int, on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu(sm)
-    monkeypatch.setitem(kernels._loaded, LOADED._replace(backend="cluster"), None)
+    _mark_loaded("cluster")
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
     assert not traced.takes_a_kernel
@@ -456,7 +535,7 @@ def test_a_kernel_that_did_not_load_is_sglangs_own_forward(
     on_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu(100)
-    monkeypatch.setitem(kernels._loaded, LOADED, "nvcc is missing")
+    _mark_loaded("flashinfer", kernel="nvcc is missing")
     traced = Tracer(_on_fake_cuda(sglang_gate(CPU)))
     traced(8)
     assert not traced.takes_the_op

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_inputs, relative_error
+from on_gpu import SM, gate_with, run_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sglang.srt.models.deepseek_v2_gate import fast_router_logits, prepare_router_gemm
 from sglang.srt.layers.moe_router import cluster_router_gemm as cluster
-from sglang.srt.layers.moe_router import jit, kernels
-from sglang.srt.layers.moe_router.call import device_sm
+from sglang.srt.layers.moe_router import jit
 from sglang.srt.layers.moe_router.ops import cluster_router_gemm
+from sglang.srt.models.deepseek_v2_gate import router_logits
 from sglang_router_gemm.check import deepseek_v2_gate, sglang_gate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cluster_backend")]
@@ -37,26 +37,18 @@ def cluster_backend(monkeypatch: pytest.MonkeyPatch, publish_server_args: object
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cluster")
 
 
-def _load(num_experts: int, hidden_size: int) -> None:
-    prepare_router_gemm(torch.empty(num_experts, hidden_size, dtype=torch.bfloat16, device="cuda"))
-    device = torch.device("cuda", torch.cuda.current_device())
-    assert kernels.unavailable("cluster", device, num_experts, hidden_size) is None
-
-
 def _poisoned(num_tokens: int, num_experts: int = 256) -> torch.Tensor:
     return torch.full((num_tokens, num_experts), torch.nan, device="cuda")
 
 
 def _run(hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool = False) -> torch.Tensor:
     logits = _poisoned(len(hidden_states), len(weight))
-    kernels.run_cluster(logits, hidden_states, weight, pdl)
-    return logits
+    return run_of("cluster", *weight.shape)(hidden_states, weight, logits, pdl)
 
 
 @pytest.mark.parametrize(("num_experts", "hidden_size"), SHAPES)
 def test_numbers_and_bits_of_a_row(num_experts: int, hidden_size: int) -> None:
     """Every M is right, and a row has the bits that it has in a batch of 128, PDL or not."""
-    _load(num_experts, hidden_size)
     for scale in (1.0, 2.0**-20):
         hidden_states, weight = random_inputs(128, "cuda", num_experts, hidden_size)
         hidden_states *= scale
@@ -70,7 +62,7 @@ def test_numbers_and_bits_of_a_row(num_experts: int, hidden_size: int) -> None:
 
 
 def test_bits_do_not_depend_on_the_other_rows_nor_on_the_place() -> None:
-    _load(256, 7168)
+    run_of("cluster")
     hidden_states, weight = random_inputs(128, "cuda")
     row = hidden_states[:1].clone()
     alone = _run(row, weight)
@@ -81,7 +73,7 @@ def test_bits_do_not_depend_on_the_other_rows_nor_on_the_place() -> None:
 
 
 def test_run_after_run_the_same_bits() -> None:
-    _load(256, 7168)
+    run_of("cluster")
     for num_tokens in (1, 8, 16, 64):
         hidden_states, weight = random_inputs(num_tokens, "cuda")
         first = _run(hidden_states, weight)
@@ -94,7 +86,7 @@ def test_run_after_run_the_same_bits() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("num_tokens", [1, 8, 13, 64])
 def test_nan_and_inf_come_out_where_the_reference_has_them(value: float, num_tokens: int) -> None:
-    _load(256, 7168)
+    run_of("cluster")
     hidden_states, weight = random_inputs(num_tokens, "cuda")
     hidden_states[num_tokens // 2, 4321] = value
     weight[77, 1234] = value
@@ -109,7 +101,7 @@ def test_nan_and_inf_come_out_where_the_reference_has_them(value: float, num_tok
 @pytest.mark.parametrize("row_step", [1, 2])
 def test_no_tokens(row_step: int) -> None:
     """None of a matrix with gaps between its rows is contiguous too."""
-    _load(256, 7168)
+    run_of("cluster")
     hidden_states, weight = random_inputs(4, "cuda")
     logits = cluster_router_gemm(hidden_states[::row_step][:0], weight)
     assert logits.shape == (0, 256)
@@ -118,27 +110,29 @@ def test_no_tokens(row_step: int) -> None:
 
 def test_auto_takes_it_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "auto")
-    sm = device_sm("cuda", 0)
     served = {256: range(1, 129), 384: range(1, 17), 128: range(4, 17), 64: range(0)}
     for num_experts, num_tokens_served in served.items():
         weight = torch.randn(num_experts, 7168, dtype=torch.bfloat16, device="cuda")
-        prepare_router_gemm(weight)
+        gate = gate_with(weight)
         for num_tokens in (1, 3, 4, 16, 128, 129):
             hidden_states = random_inputs(num_tokens, "cuda")[0]
-            logits = fast_router_logits(hidden_states, weight)
-            taken = sm == 90 and num_tokens in num_tokens_served
+            with torch.no_grad():
+                logits = router_logits(gate, hidden_states)
+            taken = SM == 90 and num_tokens in num_tokens_served
             assert not taken or torch.equal(logits, _run(hidden_states, weight))
-            assert sm != 90 or taken or logits is None
+            assert SM != 90 or taken or logits is None
 
 
 def test_what_the_kernel_does_not_take_goes_elsewhere() -> None:
-    _load(256, 7168)
+    run_of("cluster")
     _, weight = random_inputs(1, "cuda")
+    gate = gate_with(weight)
     padded = torch.randn(8, 7168 + 64, dtype=torch.bfloat16, device="cuda")[:, :7168]
     offset = torch.randn(8 * 7168 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(8, 7168)
     many = torch.randn(129, 7168, dtype=torch.bfloat16, device="cuda")
     for hidden_states in (padded, offset, many):
-        assert fast_router_logits(hidden_states, weight) is None
+        with torch.no_grad():
+            assert router_logits(gate, hidden_states) is None
         logits = cluster_router_gemm(hidden_states, weight)
         assert relative_error(logits, hidden_states, weight) < MAX_RELATIVE_ERROR_CUBLAS
 
@@ -189,14 +183,14 @@ def _bad_arguments() -> dict[str, tuple[str, Callable[[], tuple[torch.Tensor, ..
 def test_a_bad_argument_is_an_exception_that_names_it(what: str) -> None:
     argument, make = _bad_arguments()[what]
     hidden_states, weight, logits = make()
-    module = cluster.load(256, 7168, device_sm("cuda", 0))
+    module = jit.load(cluster.spec(256, 7168, SM))
     with pytest.raises(ValueError, match=f"^{argument} "):
-        cluster.run(module, hidden_states, weight, logits, pdl=False)
+        module.run(hidden_states, weight, logits, False)
     torch.cuda.synchronize()
 
 
 def test_opcheck() -> None:
-    _load(256, 7168)
+    run_of("cluster")
     for num_tokens in (1, 16, 17, 128, 129):
         torch.library.opcheck(
             torch.ops.sglang.cluster_router_gemm.default, random_inputs(num_tokens, "cuda")
@@ -208,7 +202,7 @@ def test_torch_compile_serves_every_m_in_one_graph(
     build: Callable[[torch.device], torch.nn.Module],
 ) -> None:
     gate = build(torch.device("cuda"))
-    _load(256, 7168)
+    run_of("cluster")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(gate, fullgraph=True, backend=counter)
@@ -225,7 +219,7 @@ def test_torch_compile_serves_every_m_in_one_graph(
 @pytest.mark.parametrize("pdl", ["0", "1"])
 def test_graph_and_eager_give_the_same_bits(pdl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_PDL", pdl)
-    _load(256, 7168)
+    run_of("cluster")
     for num_tokens in (1, 8, 16, 48, 128):
         hidden_states, weight = random_inputs(num_tokens, "cuda")
         cluster_router_gemm(hidden_states, weight)
@@ -243,7 +237,7 @@ def test_graph_and_eager_give_the_same_bits(pdl: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("num_tokens", [1, 16])
 def test_a_weight_written_just_before_is_seen(num_tokens: int, captured: bool) -> None:
     """An online weight update right ahead of the gate, with PDL, eager and in one graph."""
-    _load(256, 7168)
+    run_of("cluster")
     hidden_states, weight = random_inputs(num_tokens, "cuda")
     sources = [torch.randn_like(weight) for _ in range(2)]
     expected = [_run(hidden_states, source) for source in sources]
@@ -273,11 +267,10 @@ def test_a_weight_written_just_before_is_seen(num_tokens: int, captured: bool) -
 @pytest.fixture(scope="module")
 def sanitized_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("sanitizer") / "sanitize_cluster"
-    sm = device_sm("cuda", 0)
     subprocess.run(
         [
-            *(str(jit.find_nvcc()), "-std=c++17", "-O3", "-lineinfo"),
-            *(f"-gencode=arch=compute_{sm}a,code=sm_{sm}a", f"-I{cluster.SOURCE.parent}"),
+            *(str(jit.find_nvcc(SM)), "-std=c++17", "-O3", "-lineinfo"),
+            *(f"-gencode=arch=compute_{SM}a,code=sm_{SM}a", f"-I{cluster.SOURCE.parent}"),
             *(str(CSRC / "sanitize_cluster.cu"), "-o", str(program)),
         ],
         check=True,

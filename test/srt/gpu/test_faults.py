@@ -20,19 +20,22 @@ from typing import NamedTuple
 
 import pytest
 from conftest import write_nvcc
+from on_gpu import SM
 
 from sglang.srt.layers.moe_router import cluster_router_gemm as cluster
 from sglang.srt.layers.moe_router import jit
-from sglang.srt.layers.moe_router.call import device_sm
 
 pytestmark = pytest.mark.gpu
 
 # Three layers' gates, as a model has them, each called before and after the others.
 GATES = """
-import logging, torch
+import logging, os, pathlib, torch
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 import sglang_router_gemm
+from sglang.srt.layers.moe_router import jit
 from sglang_router_gemm.check import check_gate, deepseek_v2_gate
+# The only nvcc of this machine is the test's.
+jit.nvcc_candidates = lambda: iter([pathlib.Path(os.environ["CUDA_HOME"], "bin/nvcc")])
 gates = [deepseek_v2_gate(torch.device("cuda")) for _ in range(3)]
 for gate in gates * 2:
     check = check_gate("gate", gate)
@@ -74,7 +77,8 @@ class Machine:
 
     def nvcc(self, script: str) -> None:
         """As `write_nvcc`, and each run of it is counted."""
-        write_nvcc(self.home, f"echo x >> {self.count}\n{script}")
+        asked = 'case "$1" in --list-gpu-code) exec "$NVCC" "$@" ;; esac'
+        write_nvcc(self.home, f"{asked}\necho x >> {self.count}\n{script}")
 
     def without_nvcc(self) -> None:
         (self.home / "bin/nvcc").unlink()
@@ -87,9 +91,7 @@ class Machine:
 
 
 def _spec() -> jit.Spec:
-    sm = device_sm("cuda", 0)
-    assert sm is not None
-    return cluster.spec(256, 7168, sm)
+    return cluster.spec(256, 7168, SM)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +198,7 @@ def _of_another_user(machine: Machine) -> None:
 BROKEN = {
     "nothing": Broken(lambda machine: None, None),
     "no cache yet": Broken(Machine.without_cache, None),
-    "no nvcc": Broken(_no_nvcc, "nvcc is missing; install the CUDA toolkit"),
+    "no nvcc": Broken(_no_nvcc, r"nvcc is missing\); install the CUDA toolkit"),
     "nvcc fails": Broken(_nvcc("echo 'x.cu(1): error: no' >&2; exit 3"), r"exits with 3: x\.cu"),
     "nvcc is killed": Broken(_nvcc("kill -9 $$"), "exits with -9"),
     "no room for what nvcc writes": Broken(
@@ -204,7 +206,7 @@ BROKEN = {
     ),
     "no cache folder": Broken(_no_cache_folder, "/proc/router_gemm.* cannot be used"),
     "cut-off binary": Broken(_cut_off, None),
-    "cut-off binary, no nvcc": Broken(_cut_off_without_nvcc, "nvcc is missing"),
+    "cut-off binary, no nvcc": Broken(_cut_off_without_nvcc, r"nvcc is missing\)"),
     "no library": Broken(_no_library, "does not load"),
     "a kernel that is wrong": Broken(_wrong_numbers, "is off by .* at M = 1"),
     "killed half-way": Broken(_killed_half_way, None),
@@ -237,7 +239,7 @@ def test_the_gate_answers(what: str, machine: Machine, run_python: Callable[...,
 
 def test_auto_says_it_too(machine: Machine, run_python: Callable[..., str]) -> None:
     """What a user who chose nothing sees where the kernel cannot be built."""
-    if device_sm("cuda", 0) != 90:
+    if SM != 90:
         pytest.skip("auto takes cluster on SM 90 alone")
     _no_nvcc(machine)
     output = run_python(GATES, **machine.environment | {"SGLANG_ROUTER_GEMM_BACKEND": "auto"})

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from on_gpu import SM, run_of
 
-from sglang.srt.models.deepseek_v2_gate import prepare_router_gemm
 from sglang.srt.layers.moe_router import cluster_router_gemm as cluster
-from sglang.srt.layers.moe_router import jit, kernels
-from sglang.srt.layers.moe_router.call import device_sm
+from sglang.srt.layers.moe_router import jit
+from sglang.srt.layers.moe_router.kernel import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("publish_server_args")]
 
@@ -23,43 +22,9 @@ REPLAYS = 10_000
 # Long enough for a gate that does not wait to have read everything, at any clock of an H100.
 PRODUCER_CYCLES = 3000
 
-# Writes `logits` and returns what the next kernel reads, for most backends the same tensor.
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
-
-
-def _run_cluster(
-    logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
-) -> torch.Tensor:
-    kernels.run_cluster(logits, hidden_states, weight, pdl)
-    return logits
-
-
-def _run_flashinfer(
-    logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
-) -> torch.Tensor:
-    kernels.run_flashinfer(logits, hidden_states, weight, pdl)
-    return logits
-
-
-def _run_sgl_kernel(
-    logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
-) -> torch.Tensor:
-    """sgl-kernel makes its logits itself and reads its own switch for PDL."""
-    return kernels.run_sgl_kernel(hidden_states, weight)
-
-
-def _load(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", backend)
-    monkeypatch.setenv("TRTLLM_ENABLE_PDL", "1")
-    prepare_router_gemm(torch.empty(256, 7168, dtype=torch.bfloat16, device="cuda"))
-    device = torch.device("cuda", torch.cuda.current_device())
-    reason = kernels.unavailable(backend, device, 256, 7168)
-    if reason is not None:
-        pytest.skip(reason)
-
 
 def _chain_module() -> Any:
-    return jit.load(jit.Spec("pdl_chain", CSRC / "pdl_chain.cu", device_sm("cuda", 0), ()))
+    return jit.load(jit.Spec("pdl_chain", CSRC / "pdl_chain.cu", SM, ()))
 
 
 class Chain:
@@ -76,12 +41,12 @@ class Chain:
         """Each gate by itself."""
         out = torch.empty_like(self.logits)
         each = zip(self.sources, weights, strict=True)
-        return torch.stack([run(out, *operands, False).clone() for operands in each])
+        return torch.stack([run(*operands, out, False).clone() for operands in each])
 
     def with_pdl(self, run: Run, weights: torch.Tensor) -> None:
         for source, weight, kept in zip(self.sources, weights, self.kept, strict=True):
             self.module.produce(source, self.hidden_states, PRODUCER_CYCLES, True)
-            logits = run(self.logits, self.hidden_states, weight, True)
+            logits = run(self.hidden_states, weight, self.logits, True)
             self.module.consume(logits, kept, self.hidden_states, True)
 
 
@@ -120,45 +85,40 @@ def _mismatches(run: Run, num_tokens: int, replays: int, chains: int = 1, update
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 64])
-def test_cluster(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    _load("cluster", monkeypatch)
-    assert _mismatches(_run_cluster, num_tokens, REPLAYS) == 0
+def test_cluster(num_tokens: int) -> None:
+    assert _mismatches(run_of("cluster"), num_tokens, REPLAYS) == 0
 
 
-@pytest.mark.parametrize(
-    ("backend", "run"), [("flashinfer", _run_flashinfer), ("sgl_kernel", _run_sgl_kernel)]
-)
-def test_the_other_backends(backend: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    _load(backend, monkeypatch)
-    assert _mismatches(run, 16, REPLAYS) == 0
+@pytest.mark.parametrize("backend", ["flashinfer", "sgl_kernel"])
+def test_the_other_backends(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRTLLM_ENABLE_PDL", "1")  # which sgl-kernel reads
+    assert _mismatches(run_of(backend), 16, REPLAYS) == 0
 
 
-def test_weights_that_are_overwritten_between_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    _load("cluster", monkeypatch)
-    assert _mismatches(_run_cluster, 8, REPLAYS, updates=REPLAYS // 4) == 0
+def test_weights_that_are_overwritten_between_replays() -> None:
+    assert _mismatches(run_of("cluster"), 8, REPLAYS, updates=REPLAYS // 4) == 0
 
 
-def test_two_gates_at_once_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    _load("cluster", monkeypatch)
-    assert _mismatches(_run_cluster, 16, REPLAYS, chains=2) == 0
+def test_two_gates_at_once_on_two_streams() -> None:
+    assert _mismatches(run_of("cluster"), 16, REPLAYS, chains=2) == 0
 
 
-def test_these_tests_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_these_tests_can_fail(tmp_path: Path) -> None:
     """The same kernel without its wait reads tokens before they are written."""
-    _load("cluster", monkeypatch)
     for file in cluster.SOURCE.parent.iterdir():
         shutil.copy(file, tmp_path)
     broken = tmp_path / "cluster_router_gemm.cuh"
     wait = 'asm volatile("griddepcontrol.wait;" ::: "memory");'
     assert wait in broken.read_text()
     broken.write_text(broken.read_text().replace(wait, ""))
-    spec = cluster.spec(256, 7168, device_sm("cuda", 0))
+    spec = cluster.spec(256, 7168, SM)
     module = jit.load(spec._replace(source=tmp_path / cluster.SOURCE.name))
+    module.prepare(0)
 
     def run(
-        logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
+        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
     ) -> torch.Tensor:
-        cluster.run(module, hidden_states, weight, logits, pdl)
+        module.run(hidden_states, weight, logits, pdl)
         return logits
 
     assert _mismatches(run, 16, replays=20) > 0

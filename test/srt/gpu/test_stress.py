@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from conftest import random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_router_gemm_fuzz import matrices, same_as_fp64
+from on_gpu import run_of
+from operands import matrices, same_as_fp64
 
-from sglang.srt.models.deepseek_v2_gate import prepare_router_gemm
-from sglang.srt.layers.moe_router import kernels, ops
+from sglang.srt.layers.moe_router import backends, ops
+from sglang.srt.layers.moe_router.backends import BACKENDS
+from sglang.srt.layers.moe_router.kernel import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cluster_backend")]
 
 CASES = 5000
 REPLAYS = 100_000
 MAX_TOKENS = 128
-# Shapes that the kernel serves, and two that it does not.
-SHAPES = [(256, 7168), (160, 5120), (48, 1536), (16, 512), (17, 512), (16, 64)]
+SERVED = [(256, 7168), (160, 5120), (48, 1536), (16, 512)]
+SHAPES = [*SERVED, (17, 512), (16, 64)]
 
 
 @pytest.fixture
 def cluster_backend(monkeypatch: pytest.MonkeyPatch, publish_server_args: object) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cluster")
-    for num_experts, hidden_size in SHAPES:
-        prepare_router_gemm(
-            torch.empty(num_experts, hidden_size, dtype=torch.bfloat16, device="cuda")
-        )
+    for num_experts, hidden_size in SERVED:
+        run_of("cluster", num_experts, hidden_size)
 
 
 @st.composite
@@ -47,14 +48,18 @@ def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_random_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     served = 0
-    run_cluster = kernels.run_cluster
 
-    def counted(*arguments: torch.Tensor, pdl: bool) -> None:
-        nonlocal served
-        served += 1
-        run_cluster(*arguments, pdl=pdl)
+    def counted(run: Run) -> Run:
+        def call(*arguments: Any) -> torch.Tensor:
+            nonlocal served
+            served += 1
+            return run(*arguments)
 
-    monkeypatch.setattr(kernels, "run_cluster", counted)
+        return call
+
+    for key, run in backends._loaded.items():
+        if key[0] == "cluster" and not isinstance(run, str):
+            monkeypatch.setitem(backends._loaded, key, counted(run))
 
     @settings(max_examples=CASES)
     @given(pair=operands())
@@ -64,7 +69,7 @@ def test_random_operands(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             if not fits or hidden_states.device != weight.device:
                 with pytest.raises(ValueError, match=r"^weight (is|has)"):
-                    ops._cluster_router_gemm(hidden_states, weight)
+                    ops._compute(BACKENDS["cluster"], hidden_states, weight)
                 return
             logits = ops.cluster_router_gemm(hidden_states, weight)
         assert logits.dtype == torch.float32

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import torch
 
-from sglang_router_gemm.routing import agreement, grouped_topk
+from sglang.srt.layers.moe_router.packages import first_line
+from sglang_router_gemm.routing import agreement, grouped_topk, relative_error
 
-from .providers import Gemm, Provider, phrase
+from .providers import Gemm, Provider
 
 KINDS = ("random", "scale", "cancel", "hot")
 ROUTED_TOKENS = 1024
@@ -70,12 +71,6 @@ def make_inputs(
 def reference(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The logits in fp64, `[M, N]`."""
     return hidden_states.double() @ weight.double().t()
-
-
-def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖logits - expected‖ / ‖expected‖; infinite where a logit is not finite."""
-    error = (logits.double() - expected).norm() / expected.norm()
-    return float(error.nan_to_num(torch.inf))
 
 
 def scaled_error(
@@ -141,7 +136,7 @@ def check(
             provider, gemm, num_tokens, num_experts, hidden_size, device
         )
     except Exception as error:  # JIT, launch or driver: this provider is out, the run goes on
-        found.failure = phrase(error)
+        found.failure = first_line(error)
     return found
 
 

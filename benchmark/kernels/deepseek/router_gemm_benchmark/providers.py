@@ -7,12 +7,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
+from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, Pdl, either
+from sglang.srt.layers.moe_router.kernel import Target, device_sm
+from sglang.srt.layers.moe_router.packages import first_line
+from sglang.srt.layers.moe_router.plan import make_plan
 
 Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
 """`gemm(hidden_states, weight, out, pdl)`: bf16 `[M, K]` and `[N, K]` give `[M, N]`.
@@ -20,8 +24,6 @@ Gemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
 `out` has the provider's output dtype. An API that takes it writes and returns it; one
 that allocates by itself returns its own tensor.
 """
-
-Pdl = Literal["switch", "always", "never"]
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -32,9 +34,6 @@ _FLASHINFER = {
     (384, 7168): ("mm_M1_16_K7168_N384", FP32),
     (128, 7168): ("mm_M1_16_K7168_N128", BF16),
 }
-
-# Backends of this project that call somebody else's kernel.
-_BORROWED = ("flashinfer", "sgl_kernel", "torch")
 
 CUBLAS = "cuBLAS fp32"
 
@@ -77,13 +76,7 @@ class Provider:
         try:
             return self.make()
         except Exception as error:  # a broken install raises anything
-            raise Skip(str(error) if isinstance(error, Skip) else phrase(error)) from error
-
-
-def phrase(error: BaseException) -> str:
-    """The first line of an error, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+            raise Skip(str(error) if isinstance(error, Skip) else first_line(error)) from error
 
 
 def all_providers(num_experts: int, hidden_size: int, device: torch.device) -> list[Provider]:
@@ -187,7 +180,7 @@ def _kernel(device: torch.device, *places: tuple[str, str]) -> Any:
         try:
             return getattr(importlib.import_module(module), name)
         except Exception as error:  # OSError of a missing library, RuntimeError, …
-            reasons.append(phrase(error))
+            reasons.append(first_line(error))
     raise Skip("; ".join(reasons))
 
 
@@ -296,64 +289,51 @@ def _cublas(device: torch.device) -> Gemm:
 
 
 def _ours(num_experts: int, hidden_size: int, device: torch.device) -> list[Provider]:
-    """The backends of this project: whatever the policy's table lists."""
-    try:
-        from sglang.srt.layers.moe_router.policy import RULES
-    except Exception as error:
-        reason = phrase(error)
-
-        def no_policy() -> Gemm:
-            raise Skip(reason)
-
-        return [Provider("ours", no_policy, ours=True)]
-    return [_backend(name, num_experts, hidden_size, device) for name in RULES]
+    """The backends of this project, each behind a gate's plan."""
+    target = Target(device, device_sm(device), num_experts, hidden_size)
+    return [_backend(backend, target) for backend in BACKENDS.values()]
 
 
-def _backend(name: str, num_experts: int, hidden_size: int, device: torch.device) -> Provider:
-    from sglang.srt.layers.moe_router.call import RouterGemmCall, device_sm
-    from sglang.srt.layers.moe_router.policy import refuse
+def _backend(backend: Backend, target: Target) -> Provider:
+    rule = backend.rule
 
-    sm = device_sm(device.type, device.index)
+    def refusal(num_tokens: int) -> str | None:
+        reason = rule.refuse_weight(target, BF16)
+        if reason is None and num_tokens not in rule.num_tokens:
+            reason = f"M is {num_tokens}, must be {either(rule.num_tokens)}"
+        return reason
 
-    def refusal(num_tokens: int | None) -> str | None:
-        call = RouterGemmCall(device.type, sm, num_tokens, num_experts, hidden_size)
-        found = refuse(name, call, None)
-        return None if found is None else found.reason
-
-    def make() -> Gemm:
-        from sglang.srt.models.deepseek_v2_gate import fast_router_logits, prepare_router_gemm
-        from sglang.srt.layers.moe_router import kernels
-
-        reason = refusal(None)
-        if reason is None:
-            with environment(SGLANG_ROUTER_GEMM_BACKEND=name):
-                prepare_router_gemm(
-                    torch.empty(num_experts, hidden_size, dtype=BF16, device=device)
-                )
-            reason = kernels.unavailable(name, device, num_experts, hidden_size)
-        if reason is not None:
-            raise Skip(reason)
-
-        def gemm(
-            hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
-        ) -> torch.Tensor:
-            # Not put back: that would cost the host more than the call, which do_bench sees.
-            os.environ["SGLANG_ROUTER_GEMM_BACKEND"] = name
-            os.environ["SGLANG_ROUTER_GEMM_PDL"] = "1" if pdl else "0"
-            logits = fast_router_logits(hidden_states, weight)
-            if logits is None:
-                raise RuntimeError(f"the gate did not take backend {name}")
-            return logits
-
-        return gemm
-
-    fixed: dict[str, Pdl] = {"torch": "never", "sgl_kernel": "always"}
     return Provider(
-        f"ours: {name}",
-        make,
-        pdl=fixed.get(name, "switch"),
+        f"ours: {backend.name}",
+        lambda: _planned(backend, target),
+        pdl=backend.pdl,
         supports=refusal,
-        note=f"the gate's fast path under SGLANG_ROUTER_GEMM_BACKEND={name}",
+        note=f"the gate's plan under SGLANG_ROUTER_GEMM_BACKEND={backend.name}",
         ours=True,
-        own_kernel=name not in _BORROWED,
+        own_kernel=backend.measured_sms is not None,
     )
+
+
+def _planned(backend: Backend, target: Target) -> Gemm:
+    reason = backend.rule.refuse_weight(target, BF16)
+    if reason is not None:
+        raise Skip(reason)
+    weight = torch.empty(target.num_experts, target.hidden_size, dtype=BF16, device=target.device)
+    # A plan reads the variable when it is made, and no call reads it: do_bench sees the host.
+    plans = {}
+    for pdl in (True, False):
+        with environment(SGLANG_ROUTER_GEMM_PDL=str(pdl)):
+            plans[pdl] = make_plan(weight, backend.name)
+        if plans[pdl].decision.backend is None:
+            raise Skip(plans[pdl].decision.reason)
+
+    def gemm(
+        hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        logits = plans[pdl].logits(hidden_states, weight)
+        if logits is None:
+            _, reason = plans[pdl].why_not(hidden_states, weight)
+            raise RuntimeError(f"the plan did not take {backend.name}: {reason}")
+        return logits
+
+    return gemm

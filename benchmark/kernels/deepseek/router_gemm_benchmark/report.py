@@ -1,4 +1,4 @@
-"""What a run leaves: JSON, CSV, plots and tables.
+"""What a run leaves: JSON and tables; on request plots and CSV.
 
 `results` is a plain dictionary, as it is in the JSON file:
 
@@ -21,30 +21,29 @@ import csv
 import json
 import re
 import subprocess
+import textwrap
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
 
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, find_model
+from sglang.srt.layers.moe_router.packages import PACKAGES, installed_versions
+
+from .plots import save_plot
 from .providers import CUBLAS
 from .timing import CHAIN, MODE_NAMES, MODES
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Results = dict[str, Any]
 
-_PACKAGES = (
-    "sglang-dsv3-router-gemm",
-    "torch",
-    "triton",
-    "sglang",
-    "sglang-kernel",
-    "flashinfer-python",
-    "vllm",
-    "nvidia-cutlass-dsl",
-    "apache-tvm-ffi",
-)
+# Columns of a terminal: a wider table is folded.
+WIDTH = 80
+
 _CSV_COLUMNS = (
     *("gpu", "num_experts", "hidden_size", "num_tokens", "provider", "output", "mode", "tp_size"),
     *("q25_us", "median_us", "q75_us", "bytes", "gb_s", "floor_us", "times_floor"),
@@ -55,7 +54,8 @@ _WITHOUT_PDL = tuple(mode.name for mode in MODES if not mode.pdl)
 
 def versions() -> dict[str, str | None]:
     """The installed packages that a number may depend on, None where one is not there."""
-    return {name: _version(name) for name in _PACKAGES} | {"cuda": torch.version.cuda}
+    peers = ("vllm", "nvidia-cutlass-dsl")
+    return installed_versions((*PACKAGES, *peers)) | {"cuda": torch.version.cuda}
 
 
 def driver_version() -> str | None:
@@ -72,8 +72,8 @@ def file_stem(gpu: str, num_experts: int, hidden_size: int) -> str:
     """`h100` for DeepSeek-V3's shape on an "NVIDIA H100 80GB HBM3", else with the shape."""
     model = re.search(r"\b[A-Z]{1,2}\d{2,3}[A-Z]?\b", gpu)
     name = model[0] if model else re.sub(r"\W+", "-", gpu.removeprefix("NVIDIA "))
-    shape = "" if (num_experts, hidden_size) == (256, 7168) else f"_n{num_experts}_k{hidden_size}"
-    return name.lower() + shape
+    known = find_model(num_experts, hidden_size) is DEEPSEEK_V3
+    return name.lower() + ("" if known else f"_n{num_experts}_k{hidden_size}")
 
 
 def save_json(results: Results, directory: Path) -> Path:
@@ -101,8 +101,8 @@ def save_csv(results: Results, directory: Path) -> Path:
     return path
 
 
-def save_plots(results: Results, directory: Path) -> list[Path]:
-    """µs by M with the floor, and speed-up over cuBLAS by M, each as PNG and SVG."""
+def save_plots(results: Results, directory: Path, svg: bool = False) -> list[Path]:
+    """µs by M with the floor, and speed-up over cuBLAS by M, each as PNG, and SVG on request."""
     mode = headline_mode(results)
     series = _series(results, mode)
     if not series:
@@ -116,9 +116,9 @@ def save_plots(results: Results, directory: Path) -> list[Path]:
     saved = _plot(
         results,
         series | {"floor: bytes / copy bandwidth": dict(sorted(floors.items()))},
-        f"router GEMM, {mode}: time of one call",
-        "µs",
+        (f"router GEMM, {mode}: time of one call", "µs", "lower is better"),
         directory / plot_stem(results, mode),
+        svg,
     )
     if CUBLAS in series:
         base = series[CUBLAS]
@@ -129,9 +129,13 @@ def save_plots(results: Results, directory: Path) -> list[Path]:
         saved += _plot(
             results,
             ratios,
-            f"router GEMM, {mode}: speed-up over {CUBLAS}",
-            f"times as fast as {CUBLAS}",
+            (
+                f"router GEMM, {mode}: speed-up over {CUBLAS}",
+                f"times as fast as {CUBLAS}",
+                "higher is better",
+            ),
             directory / f"{_stem(results)}_speedup",
+            svg,
         )
     return saved
 
@@ -157,18 +161,21 @@ def medians(results: Results, mode: str, tp_size: int = 1) -> dict[int, dict[str
 
 
 def accuracy_table(results: Results) -> str:
-    """One row for each provider: its worst M."""
-    rows = []
+    """One row for each provider, its worst M; below, why one is not there or failed."""
+    rows, remarks = [], []
     for provider in results["providers"]:
         name = provider["name"]
         checks = [each for each in results["accuracy"] if each["provider"] == name]
         if provider["skipped"] is not None:
-            rows.append([name, "skipped: " + _short(provider["skipped"])] + [""] * 5)
+            rows.append([name, "skipped"] + [""] * 5)
+            remarks.append(f"{name}: skipped: {_short(provider['skipped'])}")
             continue
         failed = next((each for each in checks if each["failure"]), None)
         verdict = "right" if checks else "no M served"
         if failed is not None:
-            verdict = f"FAILED at M = {failed['num_tokens']}: {_short(failed['failure'])}"
+            verdict = "FAILED"
+            where = f"FAILED at M = {failed['num_tokens']}"
+            remarks.append(f"{name}: {where}: {_short(failed['failure'])}")
         agreements = [
             each["top8_agreement"] for each in checks if each["top8_agreement"] is not None
         ]
@@ -178,41 +185,49 @@ def accuracy_table(results: Results) -> str:
             + [_worst(checks, "relative", kind) for kind in ("random", "scale", "hot")]
             + [f"{100 * min(agreements):.1f} %" if agreements else "", _invariance(changes)]
         )
-    headers = ["provider", "", "random", "scale", "hot", "same top 8", "batch-invariant"]
-    return tabulate(rows, headers, disable_numparse=True)
+    headers = ["provider", "", "random", "scale", "hot", "same\ntop 8", "batch-\ninvariant"]
+    table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[22, *[None] * 5, 12])
+    return "\n".join((table, *_indented(remarks)))
 
 
 def detail_table(results: Results) -> str:
-    """Every timing: quartiles, bytes, GB/s and the ratio to the floor."""
+    """Every timing: quartiles, and how many times the floor it is."""
     rows = [
         (
             timing["mode"],
             timing["num_tokens"],
             _in_mode(results, timing["provider"], timing["mode"]),
             timing["tp_size"],
-            f"{timing['median_us']:.2f}",
-            f"{timing['q25_us']:.2f}-{timing['q75_us']:.2f}",
-            f"{timing['bytes'] / 1e6:.2f}",
-            f"{timing['gb_s']:.0f}",
+            _us(timing["median_us"]),
+            f"{_us(timing['q25_us'])}-{_us(timing['q75_us'])}",
             f"{timing['times_floor']:.1f}",
         )
         for timing in results["timings"]
     ]
-    rows += [
-        ("", "", "", each["tp_size"], f"not run: {each['reason']}", "", "", "", "")
-        for each in results["not_run"]
-    ]
-    headers = ("mode", "M", "provider", "tp", "µs", "quartiles", "MB", "GB/s", "x floor")
-    starred = "\n* PDL cannot be switched off in this provider."
-    table = tabulate(rows, headers, disable_numparse=True)
-    return table + starred if any(" *" in row[2] for row in rows) else table
+    headers = ("mode", "M", "provider", "tp", "µs", "quartiles", "times\nfloor")
+    table = tabulate(
+        rows, headers, disable_numparse=True, maxcolwidths=[None, None, 22, *[None] * 4]
+    )
+    remarks = [f"tp {each['tp_size']}: not run: {each['reason']}" for each in results["not_run"]]
+    if any(" *" in row[2] for row in rows):
+        remarks.append("* PDL cannot be switched off in this provider.")
+    return "\n".join((table, *_indented(remarks)))
 
 
-def mode_table(results: Results, mode: str, tablefmt: str = "simple", tp_size: int = 1) -> str:
+def mode_table(
+    results: Results,
+    mode: str,
+    tablefmt: str = "simple",
+    tp_size: int = 1,
+    only: Sequence[int] | None = None,
+) -> str:
     """Median µs by M, a column for each provider, and who is fastest with fp32 logits.
 
     Where a kernel of this project was timed, the last column is the best peer's time
     over the best of ours, fp32 logits again: bf16 logits are another, lesser result.
+
+    Args:
+        only: the M to show, by default all; who is fastest is then left out.
     """
     by_num_tokens = medians(results, mode, tp_size)
     timed = {name for row in by_num_tokens.values() for name in row}
@@ -222,16 +237,21 @@ def mode_table(results: Results, mode: str, tablefmt: str = "simple", tp_size: i
     peers = [each["name"] for each in fp32 if not each["ours"]]
     rows = []
     for num_tokens, row in by_num_tokens.items():
+        if only is not None and num_tokens not in only:
+            continue
         cells = [f"{row[each['name']]:.2f}" if each["name"] in row else "" for each in columns]
-        served = [each["name"] for each in fp32 if each["name"] in row]
-        cells.append(min(served, key=row.__getitem__, default=""))
+        if only is None:
+            served = [each["name"] for each in fp32 if each["name"] in row]
+            cells.append(min(served, key=row.__getitem__, default=""))
         if own:
             cells.append(_ratio(row, peers, own))
         rows.append([str(num_tokens), *cells])
     names = [_in_mode(results, each["name"], mode) for each in columns]
+    headers = ["M", *names]
+    headers += ["fastest"] if only is None else []
+    headers += ["best peer / ours"] if own else []
     if tablefmt == "simple":
-        names = [name.replace(" ", "\n") for name in names]
-    headers = ["M", *names, "fastest", *(["best peer / ours"] if own else [])]
+        return _folded(rows, [header.replace(" ", "\n") for header in headers])
     return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
 
 
@@ -240,10 +260,10 @@ def summary(results: Results) -> str:
     headline = headline_mode(results)
     measured = {timing["mode"] for timing in results["timings"]}
     blocks = [accuracy_table(results)]
-    blocks += [
+    blocks += _indented(
         f"FAILED {each['provider']}, {each['mode']}, M = {each['num_tokens']}: {each['reason']}"
         for each in _first_of_each(results["failures"])
-    ]
+    )
     for tp_size in sorted({timing["tp_size"] for timing in results["timings"]} - {1}):
         table = mode_table(results, headline, tp_size=tp_size)
         blocks.append(f"{headline} on {tp_size} GPUs at once, slowest rank, µs:\n{table}")
@@ -289,57 +309,75 @@ def _series(results: Results, mode: str) -> dict[str, dict[int, float]]:
 def _plot(
     results: Results,
     series: dict[str, dict[int, float]],
-    title: str,
-    unit: str,
+    texts: tuple[str, str, str],
     path: Path,
+    svg: bool,
 ) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = path.name
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
-    colors = [plt.get_cmap("tab20")(place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
+    """`texts`: title, unit of the y-axis, and which way is better."""
+    title, unit, better = texts
     names = [each["name"] for each in results["providers"]]
-    # The legend lists the lines as they lie at the largest M, from top to bottom.
-    for name, points in sorted(series.items(), key=lambda each: -list(each[1].values())[-1]):
-        style: dict[str, Any] = {"color": "black", "linestyle": ":"}
-        if name in names:
-            ours = results["providers"][names.index(name)]["ours"]
-            style = {"color": colors[names.index(name)], "linestyle": "--" if ours else "-"}
-            style |= {"marker": "s" if ours else "o", "markersize": 4}
-        axes.plot(list(points), list(points.values()), label=name, **style)
-    axes.set_xlabel("M (num_tokens)")
-    axes.set_ylabel(unit)
-    axes.set_ylim(bottom=0)
+
+    def add_lines(axes: Axes) -> None:
+        import matplotlib.pyplot as plt
+
+        colors = [plt.get_cmap("tab20")(place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
+        # The legend lists the lines as they lie at the largest M, from top to bottom.
+        for name, points in sorted(series.items(), key=lambda each: -list(each[1].values())[-1]):
+            style: dict[str, Any] = {"color": "black", "linestyle": ":"}
+            if name in names:
+                ours = results["providers"][names.index(name)]["ours"]
+                style = {"color": colors[names.index(name)], "linestyle": "--" if ours else "-"}
+                style |= {"marker": "s" if ours else "o", "markersize": 4}
+            axes.plot(list(points), list(points.values()), label=name, **style)
+        axes.set_ylim(bottom=0)
+
     num_tokens = results["num_tokens"]
-    if num_tokens[-1] > 32:
-        axes.set_xscale("log", base=2)
+    wide = num_tokens[-1] > 32
+    if wide:
         num_tokens = [each for each in num_tokens if each.bit_count() == 1]  # powers of two
-    if len(num_tokens) <= 20:
-        axes.set_xticks(num_tokens, labels=[str(each) for each in num_tokens])
-    axes.grid(alpha=0.3)
     shape = f"N = {results['num_experts']}, K = {results['hidden_size']}"
-    better = "lower" if unit == "µs" else "higher"
-    axes.set_title(f"{results['gpu']}: {title}\n{shape}, bf16 inputs; {better} is better")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    saved = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    figure.savefig(saved[0], dpi=130)
-    figure.savefig(saved[1], metadata={"Date": None})
-    plt.close(figure)
-    return saved
+    return save_plot(
+        path,
+        add_lines,
+        title=f"{results['gpu']}: {title}\n{shape}, bf16 inputs; {better}",
+        labels=("M (num_tokens)", unit),
+        ticks=num_tokens if len(num_tokens) <= 20 else (),
+        powers_of_two=wide,
+        svg=svg,
+    )
+
+
+def _folded(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    """The table; where it is wider than a terminal in parts, each with the first column."""
+    parts: list[str] = []
+    shown = [0]
+    for column in range(1, len(headers)):
+        if len(shown) > 1 and _width(_columns(rows, headers, [*shown, column])) > WIDTH:
+            parts.append(_columns(rows, headers, shown))
+            shown = [0]
+        shown.append(column)
+    return "\n\n".join((*parts, _columns(rows, headers, shown)))
+
+
+def _columns(rows: Sequence[Sequence[str]], headers: Sequence[str], shown: Sequence[int]) -> str:
+    cells = [[row[each] for each in shown] for row in rows]
+    return tabulate(cells, [headers[each] for each in shown], disable_numparse=True)
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def _indented(remarks: Iterable[str]) -> list[str]:
+    return [textwrap.fill(each, WIDTH, subsequent_indent="  ") for each in remarks]
+
+
+def _us(us: float) -> str:
+    return f"{us:.2f}" if us < 100 else f"{us:.0f}"
 
 
 def _stem(results: Results) -> str:
     return file_stem(results["gpu"], results["num_experts"], results["hidden_size"])
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _cell(value: object) -> object:

@@ -24,11 +24,16 @@ from typing import NamedTuple
 
 import torch
 
-from .accuracy import BOUND, relative_error
-from .providers import Gemm, Provider, Skip, all_providers, environment, phrase
+from sglang.srt.layers.moe_router.packages import first_line
+from sglang_router_gemm.routing import relative_error
 
-# MoE layers of DeepSeek-V3: the weights of a decode step, 213 MB, more than any L2.
-LINKS = 58
+from .accuracy import BOUND
+from .providers import Gemm, Provider, Skip, all_providers, environment
+
+# `num_hidden_layers` and `first_k_dense_replace` in DeepSeek-V3's config.json.
+DEEPSEEK_V3_LAYERS, DEEPSEEK_V3_DENSE_LAYERS = 61, 3
+# Its MoE layers: the weights of a decode step, 213 MB, more than any L2.
+LINKS = DEEPSEEK_V3_LAYERS - DEEPSEEK_V3_DENSE_LAYERS
 DO_BENCH = "do_bench"
 _BARRIER_TIMEOUT_S = 300
 
@@ -170,7 +175,7 @@ def load_producer(hidden_size: int) -> tuple[Callable[..., None] | None, str]:
             language = "CUDA" if getattr(norm, "_USE_CUDA_NORM", True) else "CuTe DSL"
             return producer, f"flashinfer.norm.fused_add_rmsnorm in {language}"
         except Exception as error:  # a broken install raises anything
-            reasons.append(phrase(error))
+            reasons.append(first_line(error))
     return None, f"fused_add_rmsnorm cannot be built: {'; in CUDA: '.join(reasons)}"
 
 
@@ -235,7 +240,7 @@ class Bench:
                 ready.append(candidate)
             except Exception as error:  # this provider is out, the run goes on
                 name = candidate.provider.name
-                failures.append(Failure(name, mode.name, num_tokens, phrase(error)))
+                failures.append(Failure(name, mode.name, num_tokens, first_line(error)))
         start_together()
         samples = run.replay(self.rounds, self.cycles_per_us)
         producer = samples.pop("", None)
@@ -423,45 +428,42 @@ def _join(barrier: Barrier) -> None:
     _ranks_barrier = barrier
 
 
-def _measure_rank(
-    rank: int,
-    names: Mapping[int, Sequence[str]],
-    num_experts: int,
-    hidden_size: int,
-    rounds: int,
-) -> list[Timing]:
+class Work(NamedTuple):
+    """What every rank measures."""
+
+    names: Mapping[int, Sequence[str]]
+    """By number of tokens, the providers to time: those that were right."""
+    num_experts: int
+    hidden_size: int
+    rounds: int
+
+
+def _measure_rank(rank: int, work: Work) -> list[Timing]:
     assert _ranks_barrier is not None
     try:
-        return _time_rank(_ranks_barrier, rank, names, num_experts, hidden_size, rounds)
+        return _time_rank(_ranks_barrier, rank, work)
     except Exception:
         _ranks_barrier.abort()  # the other ranks would wait for this one
         raise
 
 
-def _time_rank(
-    barrier: Barrier,
-    rank: int,
-    names: Mapping[int, Sequence[str]],
-    num_experts: int,
-    hidden_size: int,
-    rounds: int,
-) -> list[Timing]:
+def _time_rank(barrier: Barrier, rank: int, work: Work) -> list[Timing]:
     """One rank's timings. It comes to every barrier, whichever providers fail on it."""
     start_together = functools.partial(barrier.wait, _BARRIER_TIMEOUT_S)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     with torch.no_grad():
-        wanted = set().union(*names.values())
+        wanted = set().union(*work.names.values())
         candidates = []
-        for provider in all_providers(num_experts, hidden_size, device):
+        for provider in all_providers(work.num_experts, work.hidden_size, device):
             if provider.name in wanted:
                 try:
                     candidates.append(Candidate(provider, provider.build()))
                 except Skip:
                     continue
-        bench = Bench(num_experts, hidden_size, rounds, device)
+        bench = Bench(work.num_experts, work.hidden_size, work.rounds, device)
         found = []
-        for num_tokens, here in names.items():
+        for num_tokens, here in work.names.items():
             ready = [each for each in candidates if each.provider.name in here]
             for mode in MODES:
                 if not mode.produced or bench.producer is not None:
@@ -470,27 +472,14 @@ def _time_rank(
     return found
 
 
-def measure_ranks(
-    tp_size: int,
-    names: Mapping[int, Sequence[str]],
-    num_experts: int,
-    hidden_size: int,
-    rounds: int,
-) -> list[Timing]:
-    """Times on `tp_size` GPUs at once and reports the slowest rank of each measurement.
-
-    Args:
-        names: by number of tokens, the providers to time: those that were right.
-    """
+def measure_ranks(tp_size: int, work: Work) -> list[Timing]:
+    """Times on `tp_size` GPUs at once and reports the slowest rank of each measurement."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(tp_size)
     with ProcessPoolExecutor(
         tp_size, mp_context=context, initializer=_join, initargs=(barrier,)
     ) as pool:
-        ranks = [
-            pool.submit(_measure_rank, rank, names, num_experts, hidden_size, rounds)
-            for rank in range(tp_size)
-        ]
+        ranks = [pool.submit(_measure_rank, rank, work) for rank in range(tp_size)]
         return slowest([rank.result() for rank in ranks])
 
 

@@ -78,7 +78,7 @@ def router_logits(
     weight: torch.Tensor = gate.weight
     plan: Plan | None = gate.router_plan
     if plan is None or not plan.is_for(weight):
-        plan = find_plan(weight)
-        if not torch.compiler.is_compiling():
-            gate.router_plan = plan
+        if torch.compiler.is_compiling():
+            return None  # a trace cannot plan; the next eager call will
+        plan = gate.router_plan = find_plan(weight)
     return plan.logits(hidden_states, weight, forward_batch)

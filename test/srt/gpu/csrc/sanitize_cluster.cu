@@ -41,6 +41,7 @@ void run(int num_tokens, bool pdl) {
   float* device_logits;
   check(cudaMalloc(&device_logits, logits.size() * sizeof(float)));
   using Shape = router_gemm::Shape<kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses>;
+  check(router_gemm::allow_shared_memory<Shape>(num_tokens));
   for (int i = 0; i < 2; ++i) {
     check(router_gemm::launch<Shape>(
         device_tokens, device_weight, device_logits, num_tokens, pdl, nullptr));

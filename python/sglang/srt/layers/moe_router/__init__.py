@@ -2,6 +2,7 @@
 
     models.py    the table of models, and what `auto` takes for each
     environ.py   the two environment variables
+    kernel.py    what a kernel is loaded for, and how it is called
     backends.py  the backends, a record each: rule, load, run, what to install
     plan.py      the decision, once a gate; what a call still has to ask
     ops.py       the custom ops, safe under torch.compile

@@ -6,17 +6,18 @@ op, its place in the settings, `doctor`, `prebuild` and README's table follow.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from sglang.srt.layers.moe_router import cluster_router_gemm, flashinfer_router_gemm, jit
+from sglang.srt.layers.moe_router import cluster_router_gemm, flashinfer_router_gemm
+from sglang.srt.layers.moe_router.kernel import Loaded, Run, Target, empty_logits
 from sglang.srt.layers.moe_router.packages import find_function, first_line
 
 logger = logging.getLogger(__name__)
@@ -29,25 +30,7 @@ ALIGNMENT_BYTES = 16
 _MAX_RELATIVE_ERROR = 1e-6
 
 
-class Target(NamedTuple):
-    """What a kernel is loaded for: a device, its SM, and the weight's N and K."""
-
-    device: torch.device
-    sm: int | None
-    num_experts: int
-    hidden_size: int
-
-
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
-"""`run(hidden_states, weight, logits, pdl)` gives fp32 logits `[M, N]`, on the current stream.
-
-It writes and returns `logits`, or returns a tensor of its own where the library allocates.
-"""
-
-
-Loaded = tuple[Run, Sequence[int]]
-"""A kernel, and each M that is compared with fp64 before it is believed. One for each function
-that CUDA would otherwise load at its first launch, in a graph capture perhaps."""
+Pdl = Literal["switch", "always", "never"]
 
 
 class Rule(NamedTuple):
@@ -88,12 +71,11 @@ class Rule(NamedTuple):
         self, hidden_states: torch.Tensor, weight: torch.Tensor, addresses: bool = True
     ) -> bool:
         """The same for any M. Without `addresses`, where they do not exist yet, also unaligned."""
-        return fits(hidden_states, weight) and (
-            self.any_layout
-            # FlashInfer < 0.7 does not check row strides.
-            or (hidden_states.is_contiguous() and weight.is_contiguous())
-            and (not addresses or is_aligned(hidden_states, weight))
-        )
+        if not fits(hidden_states, weight):
+            return False
+        # FlashInfer < 0.7 does not check row strides.
+        dense = self.any_layout or (hidden_states.is_contiguous() and weight.is_contiguous())
+        return dense and (self.any_layout or not addresses or is_aligned(hidden_states, weight))
 
 
 def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -140,14 +122,19 @@ class Backend:
     """The op writes logits that the caller gives, as in SGLang PR 17707, and returns nothing."""
     guards_device: bool = False
     """It runs on its tensors' device, whichever is the current one."""
+    pdl: Pdl = "switch"
+    """Whether the caller says if it is launched with PDL, or that is fixed."""
     measured_sms: tuple[int, ...] | None = None
     """Where this project timed its own kernel; None for somebody else's."""
     build: Callable[[Target], str] | None = None
     """Builds it without a GPU and returns the module's name; None if nothing is compiled."""
-    nvcc: Callable[[int], Path] | None = None
-    """The nvcc that a build for an SM would take. Raises `jit.BuildError` where there is none."""
+    find_builder: Callable[[Target], Path | None] | None = None
+    """The nvcc that a build would run; None where the kernel is cached. Raises `jit.BuildError`
+    where it can be neither loaded nor built."""
     cache_variable: str | None = None
     """The environment variable that says where the compiled kernel is kept."""
+    writes_cache: bool = False
+    """Its library writes there whenever it is imported: the server's user must own the folder."""
 
 
 # ---- Loading -----------------------------------------------------------------------------------
@@ -181,56 +168,52 @@ def load_kernel(backend: Backend, target: Target) -> Run | str:
     name = f"{backend.kernel} [{target.num_experts}, {target.hidden_size}]"
     logger.info("Router GEMM: loading %s; the first start builds it with nvcc.", name)
     started = time.perf_counter()
-    try:
-        run, num_tokens = backend.load(target)
-        if not backend.guards_device:
-            run = _on_its_device(run)
-        _check(run, num_tokens, target)
-    except Exception as error:  # whatever nvcc, ninja, the driver or a library raises
-        logger.info("Router GEMM: %s did not load.", name, exc_info=True)
-        _loaded[key] = f"{name} did not load ({first_line(error)}); {backend.hint}"
-    else:
-        logger.info("Router GEMM: %s is ready after %.1f s.", name, time.perf_counter() - started)
-        _loaded[key] = run
+    # In a thread of its own, where none of the caller's modes and streams is on, nor the memory
+    # region of `--enable-memory-saver`: what is allocated there goes to sleep with the weights.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            _loaded[key] = thread.submit(_load_checked, backend, target).result()
+        except Exception as error:  # whatever nvcc, ninja, the driver or a library raises
+            logger.info("Router GEMM: %s did not load.", name, exc_info=True)
+            _loaded[key] = f"{name} did not load ({first_line(error)}); {backend.hint}"
+        else:
+            seconds = time.perf_counter() - started
+            logger.info("Router GEMM: %s is ready after %.1f s.", name, seconds)
     return _loaded[key]
 
 
-def _check(run: Run, every_m: Sequence[int], target: Target) -> None:
-    """Runs the kernel once for each M that matters, and compares with fp64."""
-    num_experts, hidden_size = target.num_experts, target.hidden_size
-    # A generator of its own: the global one seeds dummy weights and sampling.
-    generator = torch.Generator(target.device).manual_seed(0)
-    random = functools.partial(
-        torch.randn, generator=generator, device=target.device, dtype=torch.bfloat16
+def _load_checked(backend: Backend, target: Target) -> Run:
+    """Loads the kernel, and runs it once for each M that matters, against fp64.
+
+    Raises:
+        RuntimeError: its numbers are wrong; and whatever the load raises.
+    """
+    torch.cuda.set_device(target.device)  # of this thread alone
+    run, every_m = backend.load(target)
+    if not backend.guards_device:
+        run = _on_its_device(run)
+    # The product on the CPU: SGLang's batch-invariant mode replaces that on the GPU, where
+    # cuBLAS would also keep a workspace. The generator is its own: the global one seeds dummy
+    # weights and sampling.
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = (target.num_experts, target.hidden_size), (max(every_m), target.hidden_size)
+    weight, hidden_states = (
+        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).bfloat16()
+        for shape in shapes
     )
-    with torch.no_grad(), torch.cuda.device(target.device):
-        weight = random(num_experts, hidden_size)
-        hidden_states = random(every_m[-1], hidden_size)
-        expected = hidden_states.double() @ weight.double().t()
-        for num_tokens in every_m:
-            logits = empty_logits(hidden_states[:num_tokens], weight).fill_(torch.nan)
-            logits = run(hidden_states[:num_tokens], weight, logits, False)
-            wrong = torch.dist(logits.double(), expected[:num_tokens])
-            error = float(wrong / expected[:num_tokens].norm())
-            if not error <= _MAX_RELATIVE_ERROR:
-                raise RuntimeError(
-                    f"it is off by {error:.1e} at M = {num_tokens}, must be within "
-                    f"{_MAX_RELATIVE_ERROR:.0e} of fp64"
-                )
-
-
-def empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32 `[M, N]`, not written, where `hidden_states` is."""
-    # The dtype is said: while a model loads, SGLang's default dtype is the model's.
-    return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=torch.float32)
-
-
-def device_sm(device: torch.device) -> int | None:
-    """10 * major + minor of an NVIDIA GPU's compute capability, None for any other device."""
-    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    expected = hidden_states.double() @ weight.double().t()
+    weight, hidden_states = weight.to(target.device), hidden_states.to(target.device)
+    for num_tokens in every_m:
+        logits = empty_logits(hidden_states[:num_tokens], weight).fill_(torch.nan)
+        found = run(hidden_states[:num_tokens], weight, logits, False).cpu().double()
+        wrong = found - expected[:num_tokens]
+        error = float(wrong.norm() / expected[:num_tokens].norm())
+        if not error <= _MAX_RELATIVE_ERROR:
+            raise RuntimeError(
+                f"it is off by {error:.1e} at M = {num_tokens}, must be within "
+                f"{_MAX_RELATIVE_ERROR:.0e} of fp64"
+            )
+    return run
 
 
 def _on_its_device(run: Run) -> Run:
@@ -313,7 +296,7 @@ BACKENDS: Mapping[str, Backend] = {
             guards_device=True,
             measured_sms=(90,),
             build=cluster_router_gemm.build,
-            nvcc=jit.find_nvcc,
+            find_builder=cluster_router_gemm.find_builder,
             cache_variable="TVM_FFI_CACHE_DIR",
         ),
         Backend(
@@ -334,8 +317,9 @@ BACKENDS: Mapping[str, Backend] = {
             op="flashinfer_dsv3_router_gemm",
             op_writes_logits=True,
             build=flashinfer_router_gemm.build,
-            nvcc=flashinfer_router_gemm.find_nvcc,
+            find_builder=flashinfer_router_gemm.find_builder,
             cache_variable="FLASHINFER_WORKSPACE_BASE",
+            writes_cache=True,
         ),
         Backend(
             name="sgl_kernel",
@@ -352,6 +336,7 @@ BACKENDS: Mapping[str, Backend] = {
             load=_load_sgl_kernel,
             hint="pip install 'sglang-kernel<=0.4.4'",
             op="sgl_kernel_dsv3_router_gemm",
+            pdl="always",
         ),
         Backend(
             name="torch",
@@ -367,6 +352,7 @@ BACKENDS: Mapping[str, Backend] = {
             ),
             missing=lambda sm: None,
             load=lambda target: (matmul_fp32, ()),
+            pdl="never",
         ),
     )
 }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sglang.srt.layers.moe_router import jit
+from sglang.srt.layers.moe_router.kernel import Loaded, Target
 from sglang.srt.layers.moe_router.packages import find_function
-
-if TYPE_CHECKING:
-    from sglang.srt.layers.moe_router.backends import Loaded, Target
 
 SOURCE = Path(__file__).parent / "csrc" / "cluster_router_gemm.cu"
 
@@ -48,6 +46,7 @@ def load(target: Target) -> Loaded:
         jit.BuildError: there is no compiler, it fails, or the cache cannot be trusted.
     """
     module = jit.load(spec_of(target))
+    module.prepare(target.device.index)
     launch = module.run
 
     def run(
@@ -64,6 +63,15 @@ def num_tokens_to_check(module: Any) -> list[int]:
     largest = list(module.largest_num_tokens())
     smallest = [1, *(each + 1 for each in largest[:-1])]
     return sorted({*smallest, *largest})
+
+
+def find_builder(target: Target) -> Path | None:
+    """The nvcc that `build` would run; None where the cache has the kernel.
+
+    Raises:
+        jit.BuildError: neither.
+    """
+    return jit.find_builder(spec_of(target))
 
 
 def build(target: Target) -> str:

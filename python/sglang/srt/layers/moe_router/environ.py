@@ -67,6 +67,6 @@ def pdl_enabled() -> bool:
 
 
 def _text(field: EnvField) -> str | None:
-    """What the variable holds, None where it is unset, empty, or as `EnvField.set(None)` left it."""
+    """The variable; None where it is unset, empty, or as `EnvField.set(None)` left it."""
     text = os.environ.get(field.name)
     return None if text in (None, "", str(None)) else text

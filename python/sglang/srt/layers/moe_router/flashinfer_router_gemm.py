@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
+import subprocess
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sglang.srt.layers.moe_router import jit
+from sglang.srt.layers.moe_router.kernel import Loaded, Target
 from sglang.srt.layers.moe_router.packages import find_function
-
-if TYPE_CHECKING:
-    from sglang.srt.layers.moe_router.backends import Loaded, Target
 
 KERNEL = ("flashinfer.gemm", "mm_M1_16_K7168_N256", "flashinfer-python")
 
@@ -37,10 +39,7 @@ def load(target: Target) -> Loaded:
     kernel, reason = find_function(*KERNEL)
     if kernel is None:
         raise jit.BuildError(reason)
-    library = _spec(target).jit_library_path
-    for path in (library.parents[1], library.parent, library):
-        if path.exists():
-            jit.check_trusted(path)
+    _check_trusted(_spec(target).jit_library_path)
 
     def run(
         hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
@@ -51,19 +50,42 @@ def load(target: Target) -> Loaded:
     return run, range(1, 17)
 
 
+def find_builder(target: Target) -> Path | None:
+    """The nvcc that FlashInfer would run; None where it has the kernel.
+
+    It is FlashInfer that decides, when it loads, whether a kernel in its cache is current.
+
+    Raises:
+        jit.BuildError: neither: no nvcc for the SM, no ninja, nothing to link with, or a cache
+            that cannot be written or trusted.
+    """
+    spec = _spec(target)
+    if spec.is_aot:  # flashinfer-jit-cache has it
+        return None
+    library: Path = spec.jit_library_path
+    _check_trusted(library)
+    # FlashInfer runs ninja before every load, which writes its log, and so does FlashInfer.
+    jit.check_writable(library.parent)
+    if shutil.which("ninja") is None:
+        raise jit.BuildError("ninja is missing; pip install ninja")
+    if library.exists():
+        return None
+    assert target.sm is not None
+    nvcc = find_nvcc(target.sm)
+    _check_link()
+    return nvcc
+
+
 def build(target: Target) -> str:
     """Compiles the kernel into FlashInfer's cache, without a GPU; returns the module's name.
 
     Raises:
-        jit.BuildError: nvcc or ninja is missing.
+        jit.BuildError: as `find_builder`.
         RuntimeError: the build fails.
     """
-    assert target.sm is not None
     spec = _spec(target)
-    if not spec.is_aot:  # else flashinfer-jit-cache has it
-        find_nvcc(target.sm)
-        if shutil.which("ninja") is None:
-            raise jit.BuildError("ninja is missing; pip install ninja")
+    if not spec.is_aot:
+        find_builder(target)
         # FLASHINFER_JIT_VERBOSE would show ninja's steps too, but it also compiles for
         # debugging, and the server would then compile again.
         spec.build(verbose=True, need_lock=True)
@@ -84,6 +106,39 @@ def find_nvcc(sm: int) -> Path:
     except RuntimeError:  # it found no CUDA toolkit
         nvcc = Path("nvcc")
     return jit.find_nvcc(sm, (nvcc,))
+
+
+def _check_trusted(library: Path) -> None:
+    for path in (library.parents[1], library.parent, library):
+        if path.exists():
+            jit.check_trusted(path)
+
+
+def _check_link() -> None:
+    """The libraries that FlashInfer links with are there: it would find out after a minute."""
+    from flashinfer.jit.cpp_ext import get_cuda_path
+
+    compiler = os.environ.get("CXX", "c++")
+    folders = [f"{get_cuda_path()}/lib64{stubs}" for stubs in ("", "/stubs")]
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [compiler, "-shared", *(f"-L{folder}" for folder in folders), "-lcudart"]
+        command += ["-lcuda", *shlex.split(os.environ.get("FLASHINFER_EXTRA_LDFLAGS", ""))]
+        try:
+            done = subprocess.run(
+                [*command, "-o", f"{scratch}/linked.so"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError as error:
+            raise jit.BuildError(f"{compiler} does not run ({error}); install g++") from error
+    missing = dict.fromkeys(re.findall(r"-l(cuda\w*)", done.stderr)) if done.returncode else ()
+    if missing:
+        raise jit.BuildError(
+            f"the linker finds no {' and no '.join(f'lib{name}.so' for name in missing)}; "
+            f"install cuda-cudart-dev and cuda-driver-dev, which CUDA's devel images have, for "
+            f"{folders[0]} and its folder stubs"
+        )
 
 
 def _spec(target: Target) -> Any:

@@ -88,13 +88,33 @@ def build(spec: Spec) -> Path:
             with FileLock(folder / "lock", timeout=_BUILD_TIMEOUT_S, mode=0o644):
                 if not _is_whole(library):
                     _compile(spec, library)
-        for path in (folder.parent, folder, library):
-            check_trusted(path)
+        _check_trusted(library)
     except Timeout as error:
         raise BuildError(f"{folder} is locked for {_BUILD_TIMEOUT_S} s") from error
     except OSError as error:
         raise BuildError(f"the cache {folder} cannot be used ({error})") from error
     return library
+
+
+def find_builder(spec: Spec) -> Path | None:
+    """The nvcc that `build` would run; None where the cache has the module.
+
+    Raises:
+        BuildError: neither: no nvcc knows the SM, or the cache cannot be read, written or
+            trusted.
+    """
+    library = library_path(spec)
+    try:
+        if is_cached(spec):
+            _check_trusted(library)
+            return None
+        for path in (library.parents[1], library.parent):
+            if path.exists():
+                check_trusted(path)
+    except OSError as error:
+        raise BuildError(f"the cache {library.parent} cannot be used ({error})") from error
+    check_writable(library.parent)
+    return find_nvcc(spec.sm)
 
 
 def library_path(spec: Spec) -> Path:
@@ -128,22 +148,23 @@ def find_nvcc(sm: int, candidates: Iterable[Path] | None = None) -> Path:
 
     Args:
         sm: 10 * major + minor of a compute capability.
-        candidates: where to look; by default `$CUDA_HOME/bin`, the PATH, /usr/local/cuda and
-            the wheels of this environment, in this order.
+        candidates: where to look, of a library that takes no other; by default
+            `$CUDA_HOME/bin`, the PATH, /usr/local/cuda and the wheels of this environment,
+            in this order.
 
     Raises:
         BuildError: there is none; it says what was tried.
     """
+    advice = "install the CUDA toolkit and set CUDA_HOME"
+    if candidates is None:
+        advice += ", or pip install nvidia-cuda-nvcc"
     problems = []
     for nvcc in dict.fromkeys(nvcc_candidates() if candidates is None else candidates):
         problem = _nvcc_problem(nvcc, sm)
         if problem is None:
             return nvcc
         problems.append(f"{nvcc} {problem}")
-    raise BuildError(
-        f"no nvcc for SM {sm} ({', '.join(problems)}); install the CUDA toolkit and set "
-        "CUDA_HOME, or pip install nvidia-cuda-nvcc"
-    )
+    raise BuildError(f"no nvcc for SM {sm} ({', '.join(problems)}); {advice}")
 
 
 def nvcc_candidates() -> Iterator[Path]:
@@ -219,11 +240,39 @@ def _is_whole(library: Path) -> bool:
 
 def _make_folder(folder: Path) -> None:
     """Makes what is missing of the cache: everybody may read it, its owner alone may write."""
-    for each in (folder.parent, folder):
+    for each in (*reversed(folder.parents), folder):
         if not each.is_dir():
-            each.mkdir(parents=True, exist_ok=True, mode=0o755)
+            each.mkdir(exist_ok=True)
             each.chmod(0o755)  # whatever the umask is
-        check_trusted(each)
+    check_trusted(folder.parent)
+    check_trusted(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """This user may write into the folder, or may make it.
+
+    Raises:
+        BuildError: neither; it names the folder, or the one in which it would be made.
+    """
+    existing = folder.absolute()
+    while not _is_seen(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise BuildError(f"{existing} is a file, must be a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BuildError(f"{existing} cannot be written by user {os.geteuid()}")
+
+
+def _is_seen(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+
+
+def _check_trusted(library: Path) -> None:
+    for path in (library.parents[1], library.parent, library):
+        check_trusted(path)
 
 
 def check_trusted(path: Path) -> None:

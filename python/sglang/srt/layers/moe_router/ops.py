@@ -11,14 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from sglang.srt.layers.moe_router.backends import (
-    BACKENDS,
-    Backend,
-    empty_logits,
-    find_kernel,
-    matmul_fp32,
-)
+from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, find_kernel, matmul_fp32
 from sglang.srt.layers.moe_router.environ import pdl_enabled
+from sglang.srt.layers.moe_router.kernel import empty_logits
 from sglang.srt.utils.custom_op import register_custom_op
 
 
@@ -104,7 +99,9 @@ def _register(backend: Backend) -> Callable[..., torch.Tensor | None]:
 _OPS = {name: _register(backend) for name, backend in BACKENDS.items() if backend.op is not None}
 
 
-def router_gemm(backend: Backend, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def router_gemm(
+    backend: Backend, hidden_states: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """`hidden_states @ weight.T` in fp32, through the op of `backend`.
 
     Args:

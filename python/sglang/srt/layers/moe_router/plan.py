@@ -19,15 +19,12 @@ from sglang.srt.layers.moe_router.backends import (
     ALIGNMENT_BYTES,
     BACKENDS,
     Backend,
-    Run,
-    Target,
-    device_sm,
     either,
-    empty_logits,
     find_kernel,
     load_kernel,
 )
 from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
+from sglang.srt.layers.moe_router.kernel import Run, Target, device_sm, empty_logits
 from sglang.srt.layers.moe_router.models import MODELS, find_model
 from sglang.srt.layers.moe_router.ops import router_gemm
 
@@ -322,16 +319,13 @@ def make_plan(weight: torch.Tensor, requested: str | None = None) -> Plan:
 
 
 def find_plan(weight: torch.Tensor) -> Plan:
-    """The plan for a weight that came after the load. It loads nothing, and works in a trace."""
-    return _find_plan(weight.device, tuple(weight.shape), weight.dtype)
+    """The plan for a weight that came after the load. It loads nothing."""
+    target = Target(weight.device, device_sm(weight.device), *weight.shape)
 
-
-@torch.compiler.assume_constant_result
-def _find_plan(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> Plan:
     def unavailable(backend: Backend) -> str | None:
-        return _reason(find_kernel(backend, device, *shape))
+        return _reason(find_kernel(backend, target.device, *weight.shape))
 
-    plan = _plan(requested_backend(), Target(device, device_sm(device), *shape), dtype, unavailable)
+    plan = _plan(requested_backend(), target, weight.dtype, unavailable)
     _warn_at_load(plan)
     return plan
 

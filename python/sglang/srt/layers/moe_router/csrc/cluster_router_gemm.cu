@@ -45,6 +45,21 @@ void check_matrix(const TensorView& matrix, const char* argument, DLDataType dty
   check(reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0, argument, "16-byte aligned");
 }
 
+void throw_if(cudaError_t error) {
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // cleared, or PyTorch would report it for a call of its own
+    TVM_FFI_THROW(RuntimeError) << "cluster_router_gemm: " << cudaGetErrorString(error);
+  }
+}
+
+// Loads the kernels on a device. Once for each, before the first `run` there.
+void prepare(int64_t device) {
+  const tvm::ffi::CUDADeviceGuard guard(static_cast<int>(device));
+  throw_if(allow_shared_memory<Few>(Few::kTokens));
+  throw_if(allow_shared_memory<Some>(Some::kTokens));
+  throw_if(allow_shared_memory<Many>(kMaxTokens));
+}
+
 void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pdl) {
   check_matrix(hidden_states, "hidden_states", DLDataType{kDLBfloat, 16, 1});
   check_matrix(weight, "weight", DLDataType{kDLBfloat, 16, 1});
@@ -72,17 +87,13 @@ void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pd
   const auto launch_on = num_tokens <= Few::kTokens    ? &launch<Few>
                          : num_tokens <= Some::kTokens ? &launch<Some>
                                                        : &launch<Many>;
-  const cudaError_t error = launch_on(
+  throw_if(launch_on(
       hidden_states.data_ptr(),
       weight.data_ptr(),
       static_cast<float*>(logits.data_ptr()),
       static_cast<int>(num_tokens),
       pdl,
-      stream);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // cleared, or PyTorch would report it for a call of its own
-    TVM_FFI_THROW(RuntimeError) << "cluster_router_gemm: " << cudaGetErrorString(error);
-  }
+      stream));
 }
 
 // The largest M of each kernel: whoever loads the module runs each of them once.
@@ -90,6 +101,7 @@ tvm::ffi::Array<int64_t> largest_num_tokens() {
   return {Few::kTokens, Some::kTokens, kMaxTokens};
 }
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, prepare);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, run);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(largest_num_tokens, largest_num_tokens);
 

@@ -396,6 +396,16 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
 
 // ---- Host ------------------------------------------------------------------------------------
 
+// Once a device, before the first launch: it is a state of the kernel that all threads share, so no
+// call may change it.
+template <typename S>
+cudaError_t allow_shared_memory(int max_num_tokens) {
+  return cudaFuncSetAttribute(
+      cluster_router_gemm_kernel<S>,
+      cudaFuncAttributeMaxDynamicSharedMemorySize,
+      S::shared_bytes(max_num_tokens));
+}
+
 template <typename S>
 cudaError_t launch(
     const void* hidden_states,
@@ -404,25 +414,19 @@ cudaError_t launch(
     int num_tokens,
     bool pdl,
     cudaStream_t stream) {
-  const auto kernel = cluster_router_gemm_kernel<S>;
-  const int shared_bytes = S::shared_bytes(num_tokens);
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
-    return error;
-  }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = pdl;
   cudaLaunchConfig_t config = {};
   config.gridDim = S::kNumExperts / S::kExperts * kRanks;
   config.blockDim = S::kThreads;
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = S::shared_bytes(num_tokens);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(
       &config,
-      kernel,
+      cluster_router_gemm_kernel<S>,
       static_cast<const __nv_bfloat16*>(weight),
       static_cast<const __nv_bfloat16*>(hidden_states),
       logits,

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_inputs, relative_error
+from on_gpu import gate_with, run_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sglang.srt.models.deepseek_v2_gate import fast_router_logits, prepare_router_gemm
-from sglang.srt.layers.moe_router import kernels
+from sglang.srt.layers.moe_router import backends, plan
 from sglang.srt.layers.moe_router.ops import flashinfer_dsv3_router_gemm
+from sglang.srt.models.deepseek_v2_gate import router_logits
 from sglang_router_gemm.check import deepseek_v2_gate, sglang_gate
 
 pytestmark = pytest.mark.gpu
@@ -33,24 +34,26 @@ def _bound(num_tokens: int) -> float:
 def flashinfer_backend(monkeypatch: pytest.MonkeyPatch, publish_server_args: object) -> None:
     """The backend forced and its kernel loaded, as after a model load."""
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "flashinfer")
-    _, weight = random_inputs(1, "cuda")
-    prepare_router_gemm(weight)
-    assert kernels.unavailable("flashinfer", weight.device, 256, 7168) is None
+    run_of("flashinfer")
 
 
 @pytest.fixture
-def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+def kernel_calls(
+    flashinfer_backend: None, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, bool]]:
     """(M, PDL) of each call that reaches FlashInfer's kernel, which still runs."""
     calls: list[tuple[int, bool]] = []
-    real = kernels.run_flashinfer
+    real = run_of("flashinfer")
 
     def recorded(
-        logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool
-    ) -> None:
+        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
         calls.append((hidden_states.shape[0], pdl))
-        real(logits, hidden_states, weight, pdl)
+        return real(hidden_states, weight, logits, pdl)
 
-    monkeypatch.setattr(kernels, "run_flashinfer", recorded)
+    key = ("flashinfer", torch.device("cuda", torch.cuda.current_device()), (256, 7168))
+    monkeypatch.setitem(backends._loaded, key, recorded)
+    monkeypatch.setattr(plan, "_plans", {})
     return calls
 
 
@@ -77,11 +80,13 @@ def test_what_the_kernel_does_not_take_goes_elsewhere(
 ) -> None:
     """A padded view and a storage offset are where an unchecked kernel reads wrong rows."""
     _, weight = random_inputs(1, "cuda")
+    gate = gate_with(weight)
     padded = torch.randn(8, 7168 + 64, dtype=torch.bfloat16, device="cuda")[:, :7168]
     offset = torch.randn(8 * 7168 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(8, 7168)
     seventeen = torch.randn(17, 7168, dtype=torch.bfloat16, device="cuda")
     for hidden_states in (padded, offset, seventeen, seventeen[:0]):
-        assert fast_router_logits(hidden_states, weight) is None
+        with torch.no_grad():
+            assert router_logits(gate, hidden_states) is None
         logits = torch.full((len(hidden_states), 256), torch.nan, device="cuda")
         flashinfer_dsv3_router_gemm(logits, hidden_states, weight)
         if len(hidden_states):
@@ -156,8 +161,8 @@ import logging, os, time, torch
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 import sglang_router_gemm
 from sglang_router_gemm.check import deepseek_v2_gate
-from sglang.srt.models.deepseek_v2_gate import fast_router_logits
-from sglang.srt.layers.moe_router import kernels
+from sglang.srt.layers.moe_router.plan import find_plan
+torch.set_grad_enabled(False)
 hidden_states = torch.randn(4, 7168, dtype=torch.bfloat16, device="cuda")
 weight = torch.randn(256, 7168, dtype=torch.bfloat16, device="cuda")
 """
@@ -183,7 +188,7 @@ def test_several_ranks_build_once_at_load_and_not_in_a_capture(tmp_path: Path) -
         "graph.replay()\n"
         "expected = hidden_states.double() @ gate.weight.double().t()\n"
         "assert torch.dist(logits.double(), expected) / expected.norm() < 1e-6\n"
-        "assert kernels.unavailable('flashinfer', torch.device('cuda', 0), 256, 7168) is None\n"
+        "assert gate.router_plan.run is not None\n"
         "print('SERVES', len(before))\n"
     )
     env = os.environ | {
@@ -212,7 +217,9 @@ def test_several_ranks_build_once_at_load_and_not_in_a_capture(tmp_path: Path) -
 
 def test_nothing_is_built_on_a_request(tmp_path: Path, run_python: Callable[..., str]) -> None:
     """A call for which nothing was loaded must not start nvcc: SGLang's path serves it."""
-    code = BUILD + "assert fast_router_logits(hidden_states, weight) is None\nprint('ELSEWHERE')\n"
+    code = BUILD + (
+        "assert find_plan(weight).logits(hidden_states, weight) is None\nprint('ELSEWHERE')\n"
+    )
     output = run_python(
         code,
         FLASHINFER_WORKSPACE_BASE=str(tmp_path),

@@ -1,0 +1,42 @@
+"""What a kernel is to all who load or call one: what it is loaded for, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Target(NamedTuple):
+    """What a kernel is loaded for: a device, its SM, and the weight's N and K."""
+
+    device: torch.device
+    sm: int | None
+    num_experts: int
+    hidden_size: int
+
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""`run(hidden_states, weight, logits, pdl)` gives fp32 logits `[M, N]`, on the current stream.
+
+It writes and returns `logits`, or returns a tensor of its own where the library allocates.
+"""
+
+Loaded = tuple[Run, Sequence[int]]
+"""A kernel, and each M that is compared with fp64 before it is believed. One for each function
+that CUDA would otherwise load at its first launch, in a graph capture perhaps."""
+
+
+def device_sm(device: torch.device) -> int | None:
+    """10 * major + minor of an NVIDIA GPU's compute capability, None for any other device."""
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 `[M, N]`, not written, where `hidden_states` is."""
+    # The dtype is said: while a model loads, SGLang's default dtype is the model's.
+    return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=torch.float32)

@@ -1,0 +1,203 @@
+"""Our hook beside those of other plugins, which SGLang finds and loads as it does ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+OURS = "dsv3_router_gemm"
+
+# `torch` serves on a CPU, in fp32; SGLang's own gate gives bf16 there.
+CALL = """
+import json, logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+sys.path.{add}
+from gates import build_gate
+import torch
+gate = build_gate()
+with torch.no_grad():
+    logits = gate(torch.randn(4, 7168, dtype=torch.bfloat16))
+import other_plugin
+dtype = str(logits.dtype).removeprefix("torch.")
+print(json.dumps(dict(dtype=dtype, gate=type(gate).__name__, seen=other_plugin.seen)))
+"""
+
+PLUGIN = """
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+GATE = "sglang.srt.models.deepseek_v2.MoEGate"
+seen = []
+
+def activate():
+"""
+
+AROUND = """
+    HookRegistry.register(f"{GATE}.forward", around, HookType.AROUND)
+
+def around(original, gate, hidden_states, *arguments):
+    seen.append("around")
+    return original(gate, hidden_states, *arguments)
+"""
+
+MODEL_FIRST = "    import sglang.srt.models.deepseek_v2\n" + AROUND.lstrip("\n")
+
+BEFORE_AND_AFTER = """
+    HookRegistry.register(f"{GATE}.forward", before, HookType.BEFORE)
+    HookRegistry.register(f"{GATE}.forward", after, HookType.AFTER)
+    HookRegistry.register(f"{GATE}.__init__", init, HookType.AFTER)
+
+def before(gate, hidden_states):
+    seen.append("before")
+
+def after(logits, gate, hidden_states):
+    seen.append("after")
+
+def init(result, gate, *arguments, **named):
+    seen.append("init")
+"""
+
+BY_A_SUBCLASS = """
+    from sglang.srt.models.deepseek_v2 import MoEGate
+
+    class Gate(MoEGate):
+        def forward(self, *arguments):
+            seen.append("subclass")
+            return super().forward(*arguments)
+
+    HookRegistry.register(GATE, Gate, HookType.REPLACE)
+"""
+
+WITHOUT_A_WEIGHT = """
+    class Gate(torch.nn.Module):
+        def __init__(self, config, quant_config, prefix=""):
+            super().__init__()
+            self.router = torch.nn.Linear(config.hidden_size, config.n_routed_experts)
+
+        def forward(self, hidden_states, *arguments):
+            seen.append("without a weight")
+            return self.router(hidden_states)
+
+"""
+
+BY_REGISTRY = "    HookRegistry.register(GATE, Gate, HookType.REPLACE)\n"
+BY_HAND = "    from sglang.srt.models import deepseek_v2\n    deepseek_v2.MoEGate = Gate\n"
+
+
+@pytest.fixture(params=["first", "last"])
+def call(
+    request: pytest.FixtureRequest, tmp_path: Path, fork_python: Callable[..., str]
+) -> Callable[[str], tuple[dict[str, object], str]]:
+    """Calls a gate beside a plugin that SGLang loads before ours, or after it."""
+    added = tmp_path / "added"
+    metadata = added / "other_plugin-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nother = other_plugin:activate\n"
+    )
+
+    def run(body: str) -> tuple[dict[str, object], str]:
+        (added / "other_plugin.py").write_text(PLUGIN.rstrip("\n") + "\n" + body.lstrip("\n"))
+        add = "insert(0, {!r})" if request.param == "first" else "append({!r})"
+        code = CALL.format(add=add.format(str(added)))
+        said = fork_python(code, SGLANG_ROUTER_GEMM_BACKEND="torch")
+        executed = [
+            line.split()[-1] for line in said.splitlines() if "Executed general plugin" in line
+        ]
+        ordered = [name for name in executed if name in ("other", OURS)]
+        assert ordered == (["other", OURS] if request.param == "first" else [OURS, "other"])
+        assert "ERROR" not in said
+        return json.loads(said.splitlines()[-1]), said
+
+    return run
+
+
+Call = Callable[[str], tuple[dict[str, object], str]]
+
+
+@pytest.mark.parametrize(
+    ("body", "seen"),
+    [
+        (AROUND, ["around"]),
+        (MODEL_FIRST, ["around"]),
+        (BEFORE_AND_AFTER, ["init", "before", "after"]),
+    ],
+    ids=["around", "around, the model imported first", "before and after"],
+)
+def test_others_hooks_are_called_where_we_serve(body: str, seen: list[str], call: Call) -> None:
+    found, _ = call(body)
+    assert found == {"dtype": "float32", "gate": "MoEGate", "seen": seen}
+
+
+def test_we_serve_a_subclass_that_calls_sglangs_forward(call: Call) -> None:
+    found, _ = call(BY_A_SUBCLASS)
+    assert found == {"dtype": "float32", "gate": "Gate", "seen": ["subclass"]}
+
+
+@pytest.mark.parametrize("replaced", [BY_REGISTRY, BY_HAND], ids=["by registry", "by hand"])
+def test_a_gate_without_a_weight_loads_and_serves(replaced: str, call: Call) -> None:
+    found, said = call(WITHOUT_A_WEIGHT + replaced)
+    assert found == {"dtype": "bfloat16", "gate": "Gate", "seen": ["without a weight"]}
+    assert "WARNING Router GEMM: the gate cannot" not in said
+
+
+# The hook itself ---------------------------------------------------------------------------
+
+AGAIN = """
+from gates import build_gate
+import torch
+from sglang_router_gemm.plugin import activate
+hidden_states = torch.randn(4, 7168, dtype=torch.bfloat16)
+
+def layers():
+    from sglang.srt.models.deepseek_v2 import MoEGate
+    count, forward = 0, MoEGate.forward
+    while hasattr(forward, "__wrapped__"):
+        count, forward = count + 1, forward.__wrapped__
+    with torch.no_grad():
+        print(count, build_gate()(hidden_states).dtype)
+
+build_gate()
+layers()
+activate()
+layers()
+import importlib
+from sglang.srt.models import deepseek_v2
+importlib.reload(deepseek_v2)
+layers()
+activate()
+layers()
+"""
+
+
+def test_it_is_there_once_and_a_reload_takes_it_off(fork_python: Callable[..., str]) -> None:
+    said = fork_python(AGAIN, SGLANG_ROUTER_GEMM_BACKEND="torch")
+    assert said.splitlines()[-4:] == [
+        "1 torch.float32",
+        "1 torch.float32",
+        "0 torch.bfloat16",
+        "1 torch.float32",
+    ]
+
+
+BROKEN = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+sys.modules["sglang.srt.models.deepseek_v2_gate"] = None
+from gates import build_gate
+import torch
+with torch.no_grad():
+    print(build_gate()(torch.randn(4, 7168, dtype=torch.bfloat16)).dtype)
+"""
+
+
+def test_a_hook_that_fails_leaves_sglangs_gate_and_one_warning(
+    fork_python: Callable[..., str],
+) -> None:
+    said = fork_python(BROKEN, SGLANG_ROUTER_GEMM_BACKEND="torch")
+    warning = "WARNING Router GEMM: the gate cannot be hooked, SGLang's own serves instead."
+    assert said.count(warning) == 1
+    assert said.splitlines()[-1] == "torch.bfloat16"

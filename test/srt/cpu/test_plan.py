@@ -1,0 +1,266 @@
+"""The decision: a table and a pure function, every condition broken in turn."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sglang.srt.layers.moe_router.backends import BACKENDS, Backend
+from sglang.srt.layers.moe_router.environ import CHOICES
+from sglang.srt.layers.moe_router.kernel import Target
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, find_model
+from sglang.srt.layers.moe_router.plan import Decision, Plan, decide, make_plan
+
+GPU = torch.device("cuda", 0)
+BLACKWELL = Target(GPU, 100, 256, 7168)
+HOPPER = BLACKWELL._replace(sm=90)
+CPU = Target(torch.device("cpu"), None, 256, 7168)
+
+
+def decided(
+    requested: str,
+    target: Target,
+    dtype: torch.dtype = torch.bfloat16,
+    missing: str | None = None,
+    deterministic: bool = False,
+) -> Decision:
+    """The decision where every backend but `missing` is there."""
+
+    def unavailable(backend: Backend) -> str | None:
+        return "not installed" if backend.name == missing else None
+
+    return decide(requested, target, dtype, unavailable, deterministic)
+
+
+def served(decision: Decision) -> tuple[str | None, range]:
+    name = decision.backend.name if decision.backend is not None else None
+    return name, decision.num_tokens
+
+
+NOBODY = (None, range(0))
+
+
+@pytest.mark.parametrize("sm", [100, 103])
+def test_auto_takes_flashinfer_on_blackwell(sm: int) -> None:
+    assert served(decided("auto", BLACKWELL._replace(sm=sm))) == ("flashinfer", range(1, 17))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "hidden_size", "first", "last"),
+    [
+        (256, 7168, 1, 128),
+        (384, 7168, 1, 16),
+        (256, 6144, 1, 16),
+        (160, 5120, 2, 16),
+        (128, 7168, 4, 16),
+    ],
+)
+def test_auto_takes_cluster_on_hopper(
+    num_experts: int, hidden_size: int, first: int, last: int
+) -> None:
+    target = Target(GPU, 90, num_experts, hidden_size)
+    decision = decided("auto", target)
+    assert served(decision) == ("cluster", range(first, last + 1))
+    assert decision.reason == f"auto takes cluster for M = {first} to {last}"
+    gone = decided("auto", target, missing="cluster")
+    assert served(gone) == NOBODY
+    assert gone.unavailable
+    assert gone.reason == "not installed"
+
+
+@pytest.mark.parametrize("sm", [None, 80, 89, 101, 110, 120])
+def test_auto_leaves_other_gpus_to_sglang(sm: int | None) -> None:
+    decision = decided("auto", BLACKWELL._replace(sm=sm))
+    assert served(decision) == NOBODY
+    assert decision.reason == "auto takes cluster on SM 90, flashinfer on SM 100 or 103 only"
+
+
+def test_auto_leaves_other_shapes_to_sglang() -> None:
+    decision = decided("auto", HOPPER._replace(num_experts=64))
+    assert served(decision) == NOBODY
+    assert decision.reason == (
+        "N, K is 64, 7168, auto takes 256, 7168 or 384, 7168 or 128, 7168 or 256, 6144 or "
+        "160, 5120 on SM 90"
+    )
+    assert decided("auto", BLACKWELL._replace(num_experts=384)).reason == (
+        "N, K is 384, 7168, auto takes 256, 7168 on SM 100"
+    )
+
+
+@pytest.mark.parametrize("requested", ["auto", "cluster", "flashinfer", "sgl_kernel"])
+def test_a_cpu_is_left_to_sglang(requested: str) -> None:
+    decision = decided(requested, CPU)
+    assert served(decision) == NOBODY
+    assert decision.reason == "device is cpu, must be cuda"
+    assert not decision.unavailable
+
+
+@pytest.mark.parametrize(
+    ("requested", "change", "reason"),
+    [
+        ("flashinfer", {"num_experts": 384}, "N is 384, must be 256"),
+        ("flashinfer", {"hidden_size": 6144}, "K is 6144, must be 7168"),
+        ("flashinfer", {"sm": None}, "SM is None, must be 90 or newer"),  # ROCm
+        ("sgl_kernel", {"num_experts": 128}, "N is 128, must be 256 or 384"),
+        ("sgl_kernel", {"sm": 89}, "SM is 89, must be 90 or newer"),
+        ("cluster", {"sm": 89}, "SM is 89, must be 90 or newer"),
+        ("cluster", {"num_experts": 8}, "N is 8, must be a multiple of 16 up to 1024"),
+        ("cluster", {"num_experts": 250}, "N is 250, must be a multiple of 16 up to 1024"),
+        ("cluster", {"num_experts": 1040}, "N is 1040, must be a multiple of 16 up to 1024"),
+        ("cluster", {"hidden_size": 7000}, "K is 7000, must be a multiple of 512 up to 8192"),
+        ("cluster", {"hidden_size": 8704}, "K is 8704, must be a multiple of 512 up to 8192"),
+    ],
+)
+def test_a_forced_backend_refuses_a_weight(
+    requested: str, change: dict[str, int | None], reason: str
+) -> None:
+    decision = decided(requested, HOPPER._replace(**change))
+    assert served(decision) == NOBODY
+    assert decision.reason == reason
+    assert served(decided(requested, HOPPER)) == (requested, BACKENDS[requested].rule.num_tokens)
+
+
+@pytest.mark.parametrize("requested", ["auto", "cluster", "flashinfer", "sgl_kernel"])
+def test_fp32_weights_are_left_to_sglang(requested: str) -> None:
+    decision = decided(requested, HOPPER, torch.float32)
+    assert served(decision) == NOBODY
+    assert decision.reason == "weight is torch.float32, must be torch.bfloat16"
+
+
+@pytest.mark.parametrize("requested", CHOICES)
+@pytest.mark.parametrize("target", [HOPPER, BLACKWELL, CPU])
+def test_deterministic_inference_is_left_to_sglang(requested: str, target: Target) -> None:
+    assert served(decided(requested, target, deterministic=True)) == NOBODY
+
+
+@pytest.mark.parametrize("target", [HOPPER, BLACKWELL, CPU])
+def test_off_is_off(target: Target) -> None:
+    assert served(decided("off", target)) == NOBODY
+
+
+@pytest.mark.parametrize("sm", [90, 100, 103, 120])
+def test_a_forced_flashinfer_goes_wherever_it_is_available(sm: int) -> None:
+    assert served(decided("flashinfer", BLACKWELL._replace(sm=sm)))[0] == "flashinfer"
+
+
+@pytest.mark.parametrize("sm", [90, 100, 103, 120])
+@pytest.mark.parametrize(
+    ("num_experts", "hidden_size"),
+    [(256, 7168), (384, 7168), (128, 7168), (256, 6144), (160, 5120), (16, 512), (1024, 8192)],
+)
+def test_a_forced_cluster_serves_multiples_of_16_and_512(
+    num_experts: int, hidden_size: int, sm: int
+) -> None:
+    target = Target(GPU, sm, num_experts, hidden_size)
+    assert served(decided("cluster", target)) == ("cluster", range(129))
+
+
+@pytest.mark.parametrize("target", [CPU, HOPPER, HOPPER._replace(num_experts=100, hidden_size=9)])
+def test_torch_serves_every_16_bit_matrix(target: Target) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        decision = decided("torch", target, dtype)
+        assert served(decision)[0] == "torch"
+        assert 4096 in decision.num_tokens
+        assert decision.ranges() == [("1+", "torch")]
+    assert served(decided("torch", target, torch.float32)) == NOBODY
+
+
+@pytest.mark.parametrize("requested", CHOICES)
+def test_one_backend_at_most_is_asked_whether_it_is_there(requested: str) -> None:
+    """Asking loads it: a kernel that will not be called must not be built."""
+    for target in (HOPPER, BLACKWELL, BLACKWELL._replace(sm=120), CPU):
+        asked: list[str] = []
+
+        def unavailable(backend: Backend, asked: list[str] = asked) -> None:
+            asked.append(backend.name)
+
+        decision = decide(requested, target, torch.bfloat16, unavailable)
+        assert asked == ([decision.backend.name] if decision.backend is not None else [])
+
+
+def test_the_ranges_as_text() -> None:
+    assert decided("auto", BLACKWELL).ranges() == [("1-16", "flashinfer"), ("17+", None)]
+    assert decided("auto", HOPPER).ranges() == [("1-128", "cluster"), ("129+", None)]
+    assert decided("cluster", HOPPER).ranges() == [("1-128", "cluster"), ("129+", None)]
+    assert decided("off", HOPPER).ranges() == [("1+", None)]
+    mistral = decided("auto", HOPPER._replace(num_experts=128))
+    assert mistral.ranges() == [("1-3", None), ("4-16", "cluster"), ("17+", None)]
+
+
+def test_the_table_of_models_is_one() -> None:
+    """A shape stands once, and `auto` takes no more than the backend's rule allows."""
+    shapes = [(model.num_experts, model.hidden_size) for model in MODELS]
+    assert len(set(shapes)) == len(shapes)
+    for model in MODELS:
+        assert find_model(model.num_experts, model.hidden_size) is model
+        for sm, auto in model.auto.items():
+            rule = BACKENDS[auto.backend].rule
+            target = Target(GPU, sm, model.num_experts, model.hidden_size)
+            assert rule.refuse_weight(target, torch.bfloat16) is None
+            assert set(auto.num_tokens) <= set(rule.num_tokens)
+            assert 0 not in auto.num_tokens
+    assert find_model(1, 1) is None
+    assert MODELS[0] is DEEPSEEK_V3
+
+
+# The plan of a gate ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, publish_server_args: Callable[..., None]) -> Plan:
+    """A real plan that serves, on a CPU: backend `torch`."""
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    return make_plan(torch.empty(32, 64, dtype=torch.bfloat16))
+
+
+def test_a_plan_is_made_once_and_shared(plan: Plan) -> None:
+    assert make_plan(torch.ones(32, 64, dtype=torch.bfloat16)) is plan
+    assert make_plan(torch.empty(16, 64, dtype=torch.bfloat16)) is not plan
+
+
+def test_a_copied_gate_keeps_its_plan_and_a_pickled_one_makes_a_new_one(plan: Plan) -> None:
+    assert copy.deepcopy(plan) is plan
+    assert pickle.loads(pickle.dumps(plan)) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.empty(32, 64, dtype=torch.float16),
+        torch.empty(64, 32, dtype=torch.bfloat16),
+        torch.empty(32, 64, dtype=torch.bfloat16, device="meta"),
+    ],
+)
+def test_another_weight_is_not_the_plans(plan: Plan, other: torch.Tensor) -> None:
+    assert plan.is_for(torch.empty(32, 64, dtype=torch.bfloat16))
+    assert not plan.is_for(other)
+
+
+def test_why_not_names_what_a_call_lacks(plan: Plan) -> None:
+    weight = torch.zeros(32, 64, dtype=torch.bfloat16)
+    rows = torch.zeros(4, 64, dtype=torch.bfloat16)
+    wide = torch.zeros(4, 72, dtype=torch.bfloat16)
+    sliced = torch.zeros(4 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 64)
+
+    class Prefill:
+        attn_cp_metadata = object()
+
+    few = Plan("cluster", plan.target, plan.dtype, Decision(None, range(1, 17), ""), None, True)
+    assert few.why_not(rows, weight, Prefill())[0] == "context_parallel"
+    assert few.why_not(rows.repeat(5, 1), weight) == ("num_tokens", "M is 20, must be 1 to 16")
+    assert few.why_not(rows.to("meta"), weight)[0] == "device"
+    assert few.why_not(rows.half(), weight) == (
+        "dtype",
+        "hidden_states is torch.float16, must be torch.bfloat16",
+    )
+    assert few.why_not(wide, weight)[0] == "shape"
+    assert few.why_not(rows.view(2, 2, 64), weight)[0] == "shape"
+    assert few.why_not(wide[:, :64], weight)[0] == "layout"
+    assert few.why_not(sliced, weight) == (
+        "alignment",
+        "tensors must start at a multiple of 16 bytes",
+    )

@@ -1,0 +1,31 @@
+"""What the GPU tests share: the kernels as a model's load leaves them, and a bare gate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang.srt.layers.moe_router.kernel import Run, device_sm
+from sglang.srt.layers.moe_router.plan import make_plan
+from sglang.srt.models.deepseek_v2_gate import plan_gate
+
+SM = device_sm(torch.device("cuda", 0)) or 0
+"""Of the first GPU; 0 where there is none, and the tests are skipped."""
+
+
+def run_of(backend: str, num_experts: int = 256, hidden_size: int = 7168) -> Run:
+    """The kernel of `backend`, loaded; the test is skipped where it cannot be had."""
+    weight = torch.empty(num_experts, hidden_size, dtype=torch.bfloat16, device="cuda")
+    plan = make_plan(weight, backend)
+    if plan.run is None:
+        assert backend == "sgl_kernel", plan.decision.reason
+        pytest.skip(plan.decision.reason)
+    return plan.run
+
+
+def gate_with(weight: torch.Tensor) -> torch.nn.Module:
+    """A gate of this weight, planned for what the environment asks."""
+    gate = torch.nn.Module()
+    gate.weight = torch.nn.Parameter(weight, requires_grad=False)
+    plan_gate(gate)
+    return gate
