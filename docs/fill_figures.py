@@ -1,7 +1,7 @@
-"""Writes the figures of README.md, upstream_pr.md and kernel.md, from the committed results.
+"""Writes the tables of README.md and docs/*.md: from the committed results, and from the code.
 
-python3 fill_figures.py            rewrites the blocks between the markers
-python3 fill_figures.py --check    exits with 1 where a block is not up to date
+python3 docs/fill_figures.py            rewrites the blocks between the markers
+python3 docs/fill_figures.py --check    exits with 1 where a block is not up to date
 """
 
 from __future__ import annotations
@@ -10,35 +10,41 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmark" / "kernels" / "deepseek"
 sys.path.insert(0, str(BENCHMARK))
 
-from router_gemm_benchmark.report import (  # noqa: E402
-    accuracy_table,
-    headline_mode,
-    mode_table,
-    plot_stem,
-)
+from router_gemm_benchmark import how_to_call  # noqa: E402
+
+try:
+    from router_gemm_benchmark.report import accuracy_table, headline_mode, mode_table, plot_stem
+    from tabulate import tabulate
+
+    import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
+    from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, either
+    from sglang.srt.layers.moe_router.environ import (
+        AUTO,
+        CHOICES,
+        SGLANG_ROUTER_GEMM_BACKEND,
+        SGLANG_ROUTER_GEMM_PDL,
+    )
+    from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Auto, Model
+except ModuleNotFoundError as error:
+    sys.exit(how_to_call(error))
 
 Results = Mapping[str, Any]
 
 BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 BLACKWELL = re.compile(r"\bG?B\d00\b")
 NAMED = ("torch", "sglang", "flashinfer-python")
-DEEPSEEK_V3 = (256, 7168)
-RESULTS = "benchmark/kernels/deepseek/results"
-TEXTS = (
-    ROOT / "README.md",
-    ROOT / "docs" / "upstream_pr.md",
-    ROOT / "docs" / "kernel.md",
-)
+NO_RESULTS = "No results of the benchmark are committed yet."
+# As a page in docs/ links to it.
+PLOTS = "../benchmark/kernels/deepseek/results/cluster"
+HEADLINE_RUN, HEADLINE_NUM_TOKENS = "h200.json", (1, 4, 8, 16, 64)
 
 
 def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
@@ -62,7 +68,7 @@ def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
             f"{_where(run['environment'], run['environment'])}, a model of "
             f"{run['config']['num_hidden_layers']} layers with dummy weights: the same tokens in "
             f"{same} of {len(_requests(off))} requests.",
-            tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+            _github(rows, headers),
         ]
     for run in benchmarks:
         parts += [
@@ -75,24 +81,81 @@ def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
 def speed(benchmarks: Sequence[Results]) -> str:
     """The benchmark's headline table of each GPU and shape."""
     if not benchmarks:
-        return "No results of the benchmark are committed yet."
+        return NO_RESULTS
     return "\n\n".join(map(_speed_of, benchmarks))
 
 
-def speed_with_plots(benchmarks: Sequence[Results], folder: str) -> str:
-    """The headline table and plot of each GPU, for DeepSeek-V3's shape alone.
-
-    Args:
-        benchmarks: results of the benchmark.
-        folder: where their plots are, as the text that is filled links to it.
-    """
+def speed_with_plots(benchmarks: Sequence[Results]) -> str:
+    """The headline table and plot of each GPU, for DeepSeek-V3's shape alone."""
     parts = []
     for run in benchmarks:
-        if _shape(run) == DEEPSEEK_V3:
+        if _is_deepseek_v3(run):
             mode = headline_mode(dict(run))
-            plot = f"{folder}/{plot_stem(dict(run), mode)}.png"
+            plot = f"{PLOTS}/{plot_stem(dict(run), mode)}.png"
             parts += [f"### {run['gpu']}", _speed_of(run), f"![{mode} on {run['gpu']}]({plot})"]
     return "\n\n".join(parts)
+
+
+def headline(run: Results | None) -> str:
+    """A few rows of one run's headline table."""
+    if run is None:
+        return NO_RESULTS
+    mode = headline_mode(dict(run))
+    table = mode_table(dict(run), mode, tablefmt="github", only=HEADLINE_NUM_TOKENS)
+    return f"µs of one call (`{mode}`) on {_benchmark(run)}:\n\n{table}"
+
+
+def backends_table(backends: Iterable[Backend]) -> str:
+    """What each backend's kernel takes, as its rule says."""
+    rows = []
+    for backend in backends:
+        rule, sms = backend.rule, backend.measured_sms
+        sm = "any" if rule.min_sm is None else f"{rule.min_sm} or newer"
+        if "cpu" in rule.device_types:
+            sm += ", and the CPU"
+        layout = "any" if rule.any_layout else "dense, row-major, 16-byte aligned"
+        rows.append(
+            (
+                f"`{backend.name}`" + (f" (measured on SM {either(sms)})" if sms else ""),
+                backend.kernel,
+                sm,
+                *map(_values, (rule.num_experts, rule.hidden_sizes, rule.num_tokens)),
+                " or ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes),
+                layout,
+            )
+        )
+    return _github(rows, ("backend", "kernel", "SM", "N", "K", "M", "dtype", "tensors"))
+
+
+def auto_table(models: Iterable[Model]) -> str:
+    """What `auto` takes, for each model and the SMs that are alike."""
+    rows = []
+    for model in models:
+        alike: dict[Auto, list[str]] = {}
+        for sm, auto in model.auto.items():
+            alike.setdefault(auto, []).append(str(sm))
+        for auto, sms in alike.items():
+            taken = f"{auto.num_tokens[0]}-{auto.num_tokens[-1]}"
+            shape = f"{model.num_experts} x {model.hidden_size}"
+            rows.append((model.name, shape, ", ".join(sms), taken, f"`{auto.backend}`"))
+    return _github(rows, ("model", "N x K", "SM", "M", "`auto` takes"))
+
+
+def settings_table() -> str:
+    """The environment variables and their values."""
+    rows = [
+        (
+            f"`{SGLANG_ROUTER_GEMM_BACKEND.name}`",
+            ", ".join(f"`{choice}`" for choice in CHOICES),
+            f"`{AUTO}`",
+        ),
+        (
+            f"`{SGLANG_ROUTER_GEMM_PDL.name}`",
+            "`true`, `1`, `yes`, `y`; `false`, `0`, `no`, `n`",
+            "on; off under `TRTLLM_ENABLE_PDL=0`",
+        ),
+    ]
+    return _github(rows, ("variable", "values", "default"))
 
 
 def not_measured(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
@@ -134,23 +197,32 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
-    parser.add_argument("--texts", type=Path, nargs="+", default=TEXTS, metavar="FILE")
-    parser.add_argument("--servers", type=Path, default=ROOT / "test" / "srt" / "results")
+    parser.add_argument("--texts", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--servers", type=Path, default=ROOT / "benchmark" / "server" / "results")
     parser.add_argument("--benchmarks", type=Path, default=BENCHMARK / "results")
     arguments = parser.parse_args(argv)
     servers = [run for run in _load(arguments.servers) if "servings" in run]
     # The runs with this project's kernel; those beside the folder have more of the peers.
-    benchmarks = [run for run in _load(arguments.benchmarks / "cluster") if run.get("timings")]
+    cluster = arguments.benchmarks / "cluster"
+    benchmarks = [run for run in _load(cluster) if run.get("timings")]
+    headline_run = cluster / HEADLINE_RUN
+    plotted = speed_with_plots(benchmarks)
     blocks = {
         "accuracy": accuracy(servers, benchmarks),
-        "benchmark": speed_with_plots(benchmarks, f"{RESULTS}/cluster"),
-        "cluster": speed_with_plots(benchmarks, f"../{RESULTS}/cluster"),
+        "auto": auto_table(MODELS),
+        "backends": backends_table(BACKENDS.values()),
+        "benchmark": plotted,
+        "cluster": plotted,
+        "headline": headline(
+            json.loads(headline_run.read_text()) if headline_run.exists() else None
+        ),
         "not_measured": not_measured(servers, benchmarks),
-        "shapes": speed([run for run in benchmarks if _shape(run) != DEEPSEEK_V3]),
+        "settings": settings_table(),
+        "shapes": speed([run for run in benchmarks if not _is_deepseek_v3(run)]),
         "speed": speed(benchmarks),
     }
     stale = False
-    for path in arguments.texts:
+    for path in arguments.texts or texts():
         old = path.read_text()
         try:
             new = fill(old, blocks)
@@ -167,12 +239,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(stale and arguments.check)
 
 
+def texts() -> list[Path]:
+    """README.md and the pages beside this script, where they have a block."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in pages if BLOCK.search(page.read_text())]
+
+
 def _load(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def _shape(run: Results) -> tuple[int, int]:
-    return run["num_experts"], run["hidden_size"]
+def _is_deepseek_v3(run: Results) -> bool:
+    shape = DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size
+    return (run["num_experts"], run["hidden_size"]) == shape
+
+
+def _values(values: Sequence[int] | None) -> str:
+    """What a rule allows, in a cell."""
+    return "any" if values is None or values[-1] > 10**9 else either(values)
+
+
+def _github(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def _speed_of(run: Results) -> str:

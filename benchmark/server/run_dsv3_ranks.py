@@ -43,8 +43,8 @@ from router_gemm_benchmark.timing import DEEPSEEK_V3_LAYERS
 from tabulate import tabulate
 
 from sglang.srt.layers.moe_router import jit
-from sglang.srt.layers.moe_router.kernel import device_sm
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
+from sglang.srt.layers.moe_router.kernel import device_sm
 
 # Of the GPUs' memory: what the weights may take, and what they and the KV cache take together.
 WEIGHTS_SHARE, STATIC_SHARE = 0.75, 0.85

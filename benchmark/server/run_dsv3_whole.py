@@ -114,7 +114,7 @@ def save_tokenizer(folder: Path, vocab_size: int) -> None:
     words = {f"t{token}": token for token in range(vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def promised_us(chain: Results, off: str, num_gates: int) -> dict[int, float]:

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from sglang.srt.layers.moe_router.environ import requested_backend
 from sglang.srt.plugins import load_plugins
+from sglang_router_gemm.routing import relative_error
 
 NUM_EXPERTS, HIDDEN_SIZE = 256, 7168
 NUM_TOKENS = range(1, 65)
@@ -67,8 +68,7 @@ def check_gate(name: str, gate: torch.nn.Module) -> GateCheck:
                 num_tokens, HIDDEN_SIZE, dtype=weight.dtype, device=weight.device
             )
             logits, expected = gate(hidden_states), hidden_states.double() @ expected_by
-            error = torch.dist(logits.double(), expected) / expected.norm()
-            worst = max(worst, float(error.nan_to_num(torch.inf)))
+            worst = max(worst, relative_error(logits, expected))
             dtype = logits.dtype
     return GateCheck(name, dtype, worst)
 

@@ -39,7 +39,7 @@ class Contract(NamedTuple):
     deterministic_inference: str | None = None
     """The expression with which the gate asks for it."""
     defines_op: bool = False
-    """The model registers an op under the name of ours, as SGLang 0.5.11 to 0.5.14 do."""
+    """The model registers an op of its own for FlashInfer's kernel, as 0.5.11 to 0.5.14 do."""
 
 
 class _BrokenError(Exception):

@@ -14,7 +14,6 @@ import torch
 from tabulate import tabulate
 
 from sglang.srt.layers.moe_router.backends import BACKENDS, Backend
-from sglang.srt.layers.moe_router.kernel import Target, device_sm
 from sglang.srt.layers.moe_router.environ import (
     SGLANG_ROUTER_GEMM_BACKEND,
     SGLANG_ROUTER_GEMM_PDL,
@@ -22,6 +21,7 @@ from sglang.srt.layers.moe_router.environ import (
     requested_backend,
 )
 from sglang.srt.layers.moe_router.jit import BuildError, find_nvcc
+from sglang.srt.layers.moe_router.kernel import Target, device_sm
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Model
 from sglang.srt.layers.moe_router.packages import first_line, installed_versions
 from sglang.srt.layers.moe_router.plan import Decision, decide

@@ -43,10 +43,13 @@ if logits is not None:
 
 _TESTS = "test/srt"
 _TESTS_THERE = "test/srt/router_gemm"
-_TEST_FILES = ("conftest", *(f"test_router_gemm_{name}" for name in ("environ", "gate", "gpu")))
-_TEST_FILES += ("test_router_gemm_ops", "test_router_gemm_policy", "test_router_gemm_jit")
-_TEST_FILES += ("test_router_gemm_cluster_gpu", "test_router_gemm_pdl_gpu")
+_TEST_FILES = (
+    *(f"cpu/test_{name}" for name in ("environ", "gate", "jit", "ops", "plan")),
+    *(f"gpu/test_{name}" for name in ("cluster", "flashinfer", "pdl")),
+)
 _BENCHMARK = "benchmark/kernels/deepseek"
+# They are about the plugin.
+_NOT_THERE = ("environments.py", "benchmark_gate_host_time.py")
 
 # What tests and benchmark share lies in this package here, and in `sglang.test` there.
 _SHARED = ("check", "routing")
@@ -248,11 +251,17 @@ def _new_files(package: str) -> dict[str, str]:
         files[f"{package}/test/router_gemm_{name}.py"] = ours / f"{name}.py"
     for name in _TEST_FILES:
         files[f"{_TESTS_THERE}/{name}.py"] = root / _TESTS / f"{name}.py"
-    for file in _sources(root / _TESTS / "csrc"):
-        files[f"{_TESTS_THERE}/csrc/{file.name}"] = file
+    for file in sorted((root / _TESTS).glob("*.py")):
+        files[f"{_TESTS_THERE}/{file.name}"] = file
+    for file in _sources(root / _TESTS / "gpu/csrc"):
+        files[f"{_TESTS_THERE}/gpu/csrc/{file.name}"] = file
     for file in _sources(root / _BENCHMARK):
         files[file.relative_to(root).as_posix()] = file
-    return {path: _for_sglang(file.read_text(encoding="utf-8")) for path, file in files.items()}
+    return {
+        path: _for_sglang(file.read_text(encoding="utf-8"))
+        for path, file in files.items()
+        if file.name not in _NOT_THERE
+    }
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -268,7 +277,7 @@ def _for_sglang(text: str) -> str:
             f"from {_HERE} import {name}", f"from sglang.test import {there} as {name}"
         )
     lines = text.splitlines(keepends=True)
-    text = "".join(line for line in lines if not line.startswith(f"import {_HERE}"))
+    text = "".join(line for line in lines if not line.strip().startswith(f"import {_HERE}"))
     return isort.code(text, profile="black", known_first_party=["sglang"])
 
 

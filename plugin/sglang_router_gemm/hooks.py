@@ -80,7 +80,13 @@ def _hook(gate_class: Any) -> None:
     @functools.wraps(own_init)
     def init(gate: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         own_init(gate, *args, **kwargs)
-        plan_gate(gate)
+        try:
+            plan_gate(gate, own_forward)
+        except Exception:  # a gate that is not as expected: SGLang must go on
+            logger.warning(
+                "Router GEMM: a gate cannot be planned, SGLang's own path serves it.",
+                exc_info=True,
+            )
 
     @functools.wraps(own_forward)
     def forward(

@@ -110,8 +110,8 @@ def plan_jobs(
     import torch
 
     from sglang.srt.layers.moe_router.backends import BACKENDS, either
-    from sglang.srt.layers.moe_router.kernel import Target
     from sglang.srt.layers.moe_router.environ import AUTO
+    from sglang.srt.layers.moe_router.kernel import Target
     from sglang.srt.layers.moe_router.models import MODELS
     from sglang.srt.layers.moe_router.plan import decide
 
@@ -275,8 +275,8 @@ def build_jobs() -> None:
     import torch
 
     from sglang.srt.layers.moe_router.backends import BACKENDS
-    from sglang.srt.layers.moe_router.kernel import Target
     from sglang.srt.layers.moe_router.jit import BuildError
+    from sglang.srt.layers.moe_router.kernel import Target
     from sglang.srt.layers.moe_router.packages import first_line
 
     jobs, all_jobs = ([Job(*job) for job in json.loads(text)] for text in sys.argv[1:])

@@ -30,7 +30,7 @@ class Environment:
 
     def install(self, *arguments: str | Path) -> None:
         """`pip install`, offline."""
-        pip = [sys.executable, "-m", "pip", "--python", self.python, "install", "-q"]
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "-q"]
         offline = ["--no-deps", "--no-index", "--no-build-isolation", "--no-compile"]
         pip += ["--disable-pip-version-check", *offline]
         subprocess.run([*pip, *arguments], check=True)

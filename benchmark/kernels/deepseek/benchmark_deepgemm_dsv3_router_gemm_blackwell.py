@@ -41,10 +41,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    import sglang_router_gemm  # noqa: F401  makes the table of models importable
+    from router_gemm_benchmark import providers  # noqa: F401  makes the table importable
+
     from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS
 
     parser = _Parser(
+        usage="%(prog)s [options]",
         description="Accuracy and speed of the router GEMM of DeepSeek-V3-class models, "
         "against every peer that is installed.",
         epilog="Modes: 'chain', the kernel that SGLang runs before the gate, then the GEMM, for "
@@ -59,20 +61,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="M",
         help=f"rows of hidden_states, 1 to {MAX_NUM_TOKENS} (default: 1 to 16)",
     )
-    parser.add_argument(
-        "--num-experts",
-        type=int,
-        choices=sorted({model.num_experts for model in MODELS}),
-        default=DEEPSEEK_V3.num_experts,
-        help="N (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--hidden-dim",
-        type=int,
-        choices=sorted({model.hidden_size for model in MODELS}),
-        default=DEEPSEEK_V3.hidden_size,
-        help="K (default: %(default)s)",
-    )
+    for option, letter, field in (
+        ("--num-experts", "N", "num_experts"),
+        ("--hidden-dim", "K", "hidden_size"),
+    ):
+        parser.add_argument(
+            option,
+            type=int,
+            choices=sorted({getattr(model, field) for model in MODELS}),
+            default=getattr(DEEPSEEK_V3, field),
+            metavar=letter,
+            help="%(choices)s (default: %(default)s)",
+        )
     parser.add_argument(
         "--tp-sizes",
         type=_integer_in("a tensor-parallel size", 1, MAX_TP_SIZE),

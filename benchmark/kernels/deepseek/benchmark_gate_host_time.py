@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from router_gemm_benchmark import how_to_call
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 17, 24, 32, 64, 96, 128, 129, 200, 2000)
 CALLS, WARM_UP = 400, 50
@@ -32,9 +33,13 @@ def measure(num_tokens: Sequence[int], calls: int) -> dict[str, Any]:
         RuntimeError: a gate's logits are wrong.
     """
     import torch
+    from router_gemm_benchmark import providers  # noqa: F401  makes the in-tree modules importable
+    from router_gemm_benchmark.accuracy import reference
+    from router_gemm_benchmark.report import versions
+    from router_gemm_benchmark.timing import quartiles
 
-    from sglang.srt.layers.moe_router.packages import installed_versions
     from sglang_router_gemm.check import sglang_gate
+    from sglang_router_gemm.routing import relative_error
 
     device = torch.device("cuda", 0)
     gate = sglang_gate(device)
@@ -49,11 +54,11 @@ def measure(num_tokens: Sequence[int], calls: int) -> dict[str, Any]:
             hidden_states = torch.randn(
                 m, gate.weight.shape[1], dtype=torch.bfloat16, device=device
             )
-            expected = hidden_states.double() @ gate.weight.double().t()
+            expected = reference(hidden_states, gate.weight)
             for name, each in gates.items():
-                error = torch.dist(each(hidden_states).double(), expected) / expected.norm()
-                if not float(error) < 1e-5:
-                    raise RuntimeError(f"{name} is off by {float(error):.1e} at M = {m}")
+                error = relative_error(each(hidden_states), expected)
+                if not error < 1e-5:
+                    raise RuntimeError(f"{name} is off by {error:.1e} at M = {m}")
             samples: dict[str, list[float]] = {name: [] for name in gates}
             for call in range(calls + WARM_UP):
                 # In turn, and the other one first each time.
@@ -63,12 +68,12 @@ def measure(num_tokens: Sequence[int], calls: int) -> dict[str, Any]:
                         samples[name].append(sample)
             row: dict[str, Any] = {"num_tokens": m}
             for name in gates:
-                low, middle, high = statistics.quantiles(samples[name], n=4, method="inclusive")
+                low, middle, high = quartiles(samples[name])
                 row |= {f"{name}_us": middle, f"{name}_quartiles_us": [low, high]}
             rows.append(row)
     return {
         "gpu": torch.cuda.get_device_name(device),
-        "versions": installed_versions() | {"cuda": torch.version.cuda},
+        "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "plan": [
             f"M {tokens} {name or 'SGLang'}" for tokens, name in gate.router_plan.decision.ranges()
@@ -128,4 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        sys.exit(how_to_call(error))

@@ -26,6 +26,8 @@ from sglang.srt.layers.moe_router.environ import (
         ("0", None, False),
         ("false", "1", False),
         ("No", "1", False),
+        ("", None, True),
+        ("", "0", False),
     ],
 )
 def test_pdl(
@@ -39,7 +41,7 @@ def test_pdl(
         assert pdl_enabled() is enabled
 
 
-@pytest.mark.parametrize("value", ["", "maybe", "2", "off"])
+@pytest.mark.parametrize("value", ["maybe", "2", "off", " "])
 def test_a_pdl_value_that_is_no_boolean_is_an_error_that_lists_the_values(
     value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +56,9 @@ def test_pdl_set_to_none_in_code_means_the_default() -> None:
         assert pdl_enabled()
 
 
-def test_the_default_backend_is_auto() -> None:
+def test_the_default_backend_is_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requested_backend() == "auto"
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "")
     assert requested_backend() == "auto"
 
 
@@ -64,7 +68,7 @@ def test_backends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert requested_backend() == name
 
 
-@pytest.mark.parametrize("name", ["", "Auto", "flashinfer ", "cutlass"])
+@pytest.mark.parametrize("name", [" ", "Auto", "flashinfer ", "cutlass"])
 def test_an_unknown_backend_is_an_error_that_lists_the_names(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from environments import copy_sglang
 
+from sglang.srt.layers.moe_router import cluster_router_gemm
+from sglang.srt.layers.moe_router.environ import CHOICES
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.contract import MODEL, examine
 
@@ -22,7 +26,6 @@ ENVIRON = "srt/environ.py"
 READ = (
     MODEL,
     ENVIRON,
-    "srt/plugins/hook_registry.py",
     "srt/runtime_context.py",
     "srt/utils/custom_op.py",
 )
@@ -105,12 +108,14 @@ def test_the_edits_are_few_and_nothing_else_moves(
     assert f"{len(new) + 2} files" in stat
     for path in (
         "python/sglang/srt/models/deepseek_v2_gate.py",
-        "python/sglang/srt/layers/moe_router/policy.py",
-        "test/srt/router_gemm/test_router_gemm_gate.py",
+        "python/sglang/srt/layers/moe_router/plan.py",
+        "test/srt/router_gemm/cpu/test_gate.py",
         "benchmark/kernels/deepseek/router_gemm_benchmark/timing.py",
     ):
         assert path in new
     assert examine(checkout / "python/sglang").in_tree
+    text = (checkout / "python/sglang" / ENVIRON).read_text()
+    assert f"# Router GEMM of the MoE gate: {', '.join(CHOICES[:-1])} or {CHOICES[-1]}.\n" in text
 
 
 def test_what_it_brings_does_not_know_this_project(checkout: Path) -> None:
@@ -232,13 +237,14 @@ def test_nothing_is_half_written(checkout: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole installed SGLang as an sdist, exported."""
-    folder = tmp_path_factory.mktemp("exported")
-    unused = shutil.ignore_patterns("__pycache__", "multimodal_gen")
-    shutil.copytree(SGLANG, folder / "python" / "sglang", ignore=unused)
-    assert main(["export", str(folder)]) == 0
-    return folder
+def exported() -> Iterator[Path]:
+    """The whole installed SGLang as an sdist, exported, where every user may read it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        copy_sglang(folder / "python")
+        assert main(["export", str(folder)]) == 0
+        yield folder
 
 
 IN_TREE = """
@@ -256,6 +262,7 @@ print(deepseek_v2.__file__, deepseek_v2_gate.__file__)
 """
 
 
+@pytest.mark.xdist_group("exported")
 def test_sglang_has_it_without_this_project(exported: Path, run_python: Callable[..., str]) -> None:
     models = exported / "python/sglang/srt/models"
     said = run_python(
@@ -264,21 +271,20 @@ def test_sglang_has_it_without_this_project(exported: Path, run_python: Callable
     assert f"{models}/deepseek_v2.py {models}/deepseek_v2_gate.py" in said
 
 
+@pytest.mark.xdist_group("exported")
 def test_the_gate_behaves_as_under_the_plugin(exported: Path) -> None:
-    """The same tests, from their place in SGLang's tree, against SGLang's own gate there."""
-    tests = exported / "test/srt/router_gemm"
+    """The same tests, from their place in SGLang's tree, against SGLang's own gate there.
+
+    Without those that compile what is compiled here already, from the same text.
+    """
+    there = exported / "python/sglang/srt/layers/moe_router/csrc"
+    here = cluster_router_gemm.SOURCE.parent
+    assert {file.name: file.read_text() for file in there.iterdir()} == {
+        file.name: file.read_text() for file in here.iterdir()
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-W",
-            "ignore",
-            str(tests),
-        ],
+        [*command, "-k", "not compiles_without_spills", str(exported / "test/srt/router_gemm")],
         cwd=exported,
         env=os.environ | {"PYTHONPATH": str(exported / "python")},
         capture_output=True,
@@ -291,7 +297,7 @@ def test_the_gate_behaves_as_under_the_plugin(exported: Path) -> None:
 
 # The text of the PR ----------------------------------------------------------------------
 
-TEXT = Path(__file__).parents[2] / "docs" / "upstream_pr.md"
+TEXT = Path(__file__).parents[3] / "docs" / "upstream_pr.md"
 
 
 def test_its_reproduction_prints_what_it_shows(run_python: Callable[..., str]) -> None:

@@ -1,4 +1,4 @@
-"""README.md and docs/upstream_pr.md show the committed results, and no others."""
+"""README.md and docs/*.md show the committed results and the code's own tables, and no others."""
 
 from __future__ import annotations
 
@@ -6,46 +6,65 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-README, PR = ROOT / "README.md", ROOT / "docs" / "upstream_pr.md"
-SERVERS, BENCHMARKS = ROOT / "test/srt/results", ROOT / "benchmark/kernels/deepseek/results"
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "docs"))  # as where the script is run as a file
+
+import fill_figures  # noqa: E402
+
+from sglang.srt.layers.moe_router.backends import BACKENDS  # noqa: E402
+from sglang.srt.layers.moe_router.environ import CHOICES  # noqa: E402
+from sglang.srt.layers.moe_router.models import MODELS, Auto, Model  # noqa: E402
+
+README, PR, SPEED = ROOT / "README.md", ROOT / "docs/upstream_pr.md", ROOT / "docs/speed.md"
+SERVERS = ROOT / "benchmark/server/results"
+BENCHMARKS = ROOT / "benchmark/kernels/deepseek/results"
 
 
-def _fill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    script = ROOT / "docs" / "fill_figures.py"
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _fill(*arguments: str | Path) -> int:
+    return fill_figures.main([*map(str, arguments)])
+
+
+def _empty(path: Path, *blocks: str) -> Path:
+    path.write_text("\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in blocks))
+    return path
+
+
+def _filled(path: Path, *blocks: str, arguments: tuple[str | Path, ...] = ()) -> str:
+    assert _fill("--texts", _empty(path, *blocks), *arguments) == 0
+    return path.read_text()
 
 
 def test_the_texts_are_up_to_date() -> None:
-    assert _fill("--check").returncode == 0, "run docs/fill_figures.py"
+    assert _fill("--check") == 0, "run docs/fill_figures.py"
+
+
+def test_every_table_of_the_code_is_on_a_page() -> None:
+    pages = "\n".join(path.read_text() for path in fill_figures.texts())
+    for block in ("headline", "settings", "backends", "auto", "benchmark"):
+        assert f"<!-- {block}:begin -->" in pages
 
 
 @pytest.mark.parametrize(
     ("text", "right", "wrong"),
     [
-        (README, "| ours: cluster | 1.", "| ours: cluster | 2."),
+        (SPEED, "| ours: cluster | 1.", "| ours: cluster | 2."),
         (PR, "Measured on: ", "Measured on: NVIDIA B200, "),
     ],
 )
 def test_a_wrong_figure_is_stale_and_mended(
-    text: Path, right: str, wrong: str, tmp_path: Path
+    text: Path, right: str, wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stale = tmp_path / text.name
     assert right in text.read_text()
     stale.write_text(text.read_text().replace(right, wrong))
-    checked = _fill("--check", "--texts", stale)
-    assert checked.returncode == 1
-    assert "is stale" in checked.stderr
-    assert _fill("--texts", stale).returncode == 0
+    assert _fill("--check", "--texts", stale) == 1
+    assert "is stale" in capsys.readouterr().err
+    assert _fill("--texts", stale) == 0
     assert stale.read_text() == text.read_text()
 
 
@@ -58,40 +77,110 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     server["layers"][0]["relative_difference"] = 0.00123
     (servers / "dsv3_server_b200.json").write_text(json.dumps(server))
     run = json.loads((BENCHMARKS / "h100.json").read_text()) | {"gpu": "NVIDIA B200"}
-    (benchmarks / "b200.json").write_text(json.dumps(run))
+    (benchmarks / "cluster" / "b200.json").write_text(json.dumps(run))
     other_shape = run | {"num_experts": 384}
-    (benchmarks / "b200_n384_k7168.json").write_text(json.dumps(other_shape))
-    for each in benchmarks.glob("*.json"):
-        shutil.copy(each, benchmarks / "cluster")
-    for text in (README, PR):
+    (benchmarks / "cluster" / "b200_n384_k7168.json").write_text(json.dumps(other_shape))
+    for text in (SPEED, PR):
         shutil.copy(text, tmp_path)
-    texts = [tmp_path / README.name, tmp_path / PR.name]
-    done = _fill("--texts", *texts, "--servers", servers, "--benchmarks", benchmarks)
-    assert done.returncode == 0, done.stderr
-    readme, pr = (text.read_text() for text in texts)
-    assert readme.count("### NVIDIA B200") == 1  # DeepSeek-V3's shape alone
-    assert "(benchmark/kernels/deepseek/results/cluster/b200_chain.png)" in readme
-    assert "### NVIDIA H200" not in readme
+    texts = [tmp_path / SPEED.name, tmp_path / PR.name]
+    assert _fill("--texts", *texts, "--servers", servers, "--benchmarks", benchmarks) == 0
+    speed, pr = (text.read_text() for text in texts)
+    assert speed.count("### NVIDIA B200") == 1  # DeepSeek-V3's shape alone
+    assert "(../benchmark/kernels/deepseek/results/cluster/b200_chain.png)" in speed
+    assert "### NVIDIA H200" not in speed
     assert "| 1.2e-03" in pr
     assert "Measured on: NVIDIA B200." in pr
     assert "No Blackwell GPU" not in pr
 
 
 def test_no_results(tmp_path: Path) -> None:
-    shutil.copy(PR, tmp_path)
-    done = _fill("--texts", tmp_path / PR.name, "--servers", tmp_path, "--benchmarks", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "No results of the benchmark" in (tmp_path / PR.name).read_text()
+    nothing = ("--servers", tmp_path, "--benchmarks", tmp_path)
+    text = _filled(tmp_path / "text.md", "speed", "headline", "benchmark", arguments=nothing)
+    assert text.count("No results of the benchmark") == 2
 
 
-SPEED = "<!-- speed:begin -->\n<!-- speed:end -->\n"
+def _rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-@pytest.mark.parametrize("text", ["none", SPEED.replace("speed", "nonsense"), SPEED + SPEED])
-def test_a_text_with_other_blocks_is_refused(text: str, tmp_path: Path) -> None:
+def test_the_headline_is_five_rows_of_the_h200(tmp_path: Path) -> None:
+    text = _filled(tmp_path / "text.md", "headline")
+    header, _, *rows = _rows(text)
+    providers = ["FlashInfer", "SGLang tiny_gemm", "vLLM ll_bf16", "cuBLAS fp32", "ours: cluster"]
+    assert header == ["M", *providers, "best peer / ours"]
+    assert [row[0] for row in rows] == ["1", "4", "8", "16", "64"]
+    assert "NVIDIA H200" in text
+    run = json.loads((BENCHMARKS / "cluster/h200.json").read_text())
+    chain = {
+        each["provider"]: each["median_us"]
+        for each in run["timings"]
+        if (each["mode"], each["num_tokens"]) == ("chain", 16)
+    }
+    assert rows[3][1:6] == [f"{chain[name]:.2f}" for name in providers]
+    best = min(us for name, us in chain.items() if name != "ours: cluster")
+    assert rows[3][6] == f"{best / chain['ours: cluster']:.2f}"
+
+
+def test_the_backends_are_those_of_the_records(tmp_path: Path) -> None:
+    _, _, *rows = _rows(_filled(tmp_path / "text.md", "backends"))
+    assert [row[0].split("`")[1] for row in rows] == list(BACKENDS)
+    cluster, flashinfer, _, matmul = rows
+    assert cluster[2:7] == [
+        "90 or newer",
+        "a multiple of 16 up to 1024",
+        "a multiple of 512 up to 8192",
+        "0 to 128",
+        "bfloat16",
+    ]
+    assert cluster[0] == "`cluster` (measured on SM 90)"
+    assert flashinfer[3:6] == ["256", "7168", "1 to 16"]
+    assert matmul[2:] == ["any, and the CPU", "any", "any", "any", "bfloat16 or float16", "any"]
+    wider = replace(BACKENDS["cluster"], rule=BACKENDS["cluster"].rule._replace(min_sm=120))
+    assert "120 or newer" in fill_figures.backends_table([wider])
+
+
+def test_auto_is_that_of_the_models(tmp_path: Path) -> None:
+    _, _, *rows = _rows(_filled(tmp_path / "text.md", "auto"))
+    assert {row[0] for row in rows} == {model.name for model in MODELS}
+    assert rows[0] == ["DeepSeek-V3", "256 x 7168", "90", "1-128", "`cluster`"]
+    assert rows[1] == ["DeepSeek-V3", "256 x 7168", "100, 103", "1-16", "`flashinfer`"]
+    new = Model("New", 64, 512, {90: Auto("cluster", range(2, 9)), 120: Auto("torch", range(1, 2))})
+    assert _rows(fill_figures.auto_table([new]))[2:] == [
+        ["New", "64 x 512", "90", "2-8", "`cluster`"],
+        ["New", "64 x 512", "120", "1-1", "`torch`"],
+    ]
+
+
+def test_the_settings_are_those_of_the_code(tmp_path: Path) -> None:
+    _, _, backend, pdl = _rows(_filled(tmp_path / "text.md", "settings"))
+    assert backend[1] == ", ".join(f"`{choice}`" for choice in CHOICES)
+    assert (backend[0], pdl[0]) == ("`SGLANG_ROUTER_GEMM_BACKEND`", "`SGLANG_ROUTER_GEMM_PDL`")
+
+
+SPEED_BLOCK = "<!-- speed:begin -->\n<!-- speed:end -->\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["none", SPEED_BLOCK.replace("speed", "nonsense"), SPEED_BLOCK + SPEED_BLOCK]
+)
+def test_a_text_with_other_blocks_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "text.md"
     path.write_text(text)
-    done = _fill("--texts", path)
-    assert done.returncode == 2
-    assert "must be some of" in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        _fill("--texts", path)
+    assert stopped.value.code == 2
+    assert "must be some of" in capsys.readouterr().err
     assert path.read_text() == text
+
+
+def test_a_python_that_lacks_a_module_is_told_in_one_line() -> None:
+    script = ROOT / "docs" / "fill_figures.py"
+    done = subprocess.run(
+        [sys.executable, "-S", str(script)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "fill_figures.py: No module named" in done.stderr

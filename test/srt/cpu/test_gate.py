@@ -8,6 +8,7 @@ SM given and the kernel marked as loaded; nothing is run then.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from sglang_router_gemm.check import deepseek_v2_gate as build_deepseek_v2_gate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = SimpleNamespace(n_routed_experts=256, hidden_size=7168, topk_method="noaux_tc")
-FLASHINFER_OP = torch.ops.sglang.flashinfer_dsv3_router_gemm
+FLASHINFER_OP = torch.ops.sglang.flashinfer_dsv3_router_gemm_out
 CLUSTER_OP = torch.ops.sglang.cluster_router_gemm
 
 
@@ -109,7 +110,9 @@ def test_an_old_flashinfer_has_no_such_kernel(monkeypatch: pytest.MonkeyPatch) -
 
 MISSING = """
 import sys
-sys.modules["{module}"] = None
+for name in ["{module}", *sys.modules]:
+    if name.split(".")[0] == "{module}":
+        sys.modules[name] = None
 import importlib.metadata as metadata
 found = metadata.version
 def version(name):
@@ -139,10 +142,10 @@ def test_a_package_that_is_absent_or_broken(
     distribution: str,
     absent: bool,
     reason: str,
-    run_python: Callable[..., str],
+    fork_python: Callable[..., str],
 ) -> None:
     code = MISSING.format(module=module, distribution=distribution, absent=absent, backend=backend)
-    said = run_python(code)
+    said = fork_python(code)
     assert distribution in said
     assert reason in said
 
@@ -215,16 +218,103 @@ def test_a_weight_that_is_replaced_is_noticed(
     assert gate.router_plan.is_for(gate.weight)
 
 
-def test_a_gate_that_was_never_planned_is_planned_at_its_first_call(
+def test_a_gate_that_was_never_planned_is_left_to_sglang(
     hooked_gate: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one whose __init__ did not run: unpickled, say."""
+    """As one whose __init__ did not run: unpickled, say. Nobody has compared it with ours."""
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
     hooked_gate.router_plan = None
-    hidden_states, _ = random_inputs(2)
-    logits = hooked_gate(hidden_states)
-    assert logits.dtype == torch.float32
-    assert hooked_gate.router_plan.decision.backend is BACKENDS["torch"]
+    assert hooked_gate(random_inputs(2)[0]).dtype == torch.bfloat16
+
+
+# A gate that is not what it seems --------------------------------------------------------
+
+
+class _WithBias(torch.nn.Module):
+    """A fork's gate: SGLang's signature and weight, and one thing more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(random_inputs(1)[1], requires_grad=False)
+        self.bias = torch.nn.Parameter(torch.zeros(256), requires_grad=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.float() @ self.weight.float().t() + self.bias
+
+
+class _Plain(_WithBias):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.float() @ self.weight.float().t()
+
+
+class _Raises(_WithBias):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not now")
+
+
+class _OtherShape(_WithBias):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states)[:, :8]
+
+
+@pytest.mark.parametrize(
+    ("gate_class", "said"),
+    [
+        (_Plain, None),
+        (_WithBias, r"does not give hidden_states @ weight.T: the logits differ by [0-9.]+e"),
+        (_Raises, "cannot be compared .RuntimeError: not now"),
+        (_OtherShape, r"gives \[32, 8\], must give \[32, 256\]"),
+    ],
+)
+def test_a_kernel_is_held_against_the_forward_that_it_replaces(
+    gate_class: type[_WithBias],
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    gate = gate_class()
+    kept = gate.weight.clone()
+    with caplog.at_level(logging.WARNING):
+        plan_gate(gate, gate_class.forward)
+        logits = router_logits(gate, random_inputs(3)[0])
+        assert torch.equal(gate.weight, kept)
+        gate.weight.data = gate.weight.data.half()  # nor with a weight that comes later
+        later = router_logits(gate, random_inputs(3)[0].half())
+    assert bool(gate.bias.eq(0).all())
+    assert (logits is None) == (later is None) == (said is not None)
+    assert [record for record in caplog.records if "Router GEMM" in record.message] == (
+        [record for record in caplog.records if re.search(said, record.message)] if said else []
+    )
+    assert len(caplog.records) == (said is not None)
+
+
+def test_sglangs_own_gate_is_the_kernels_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    assert sglang_gate(CPU).router_plan.decision.backend is BACKENDS["torch"]
+
+
+def test_a_weight_that_sglang_packs_is_left_to_it(
+    hooked_gate: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with AMX, where the weight is no longer what its shape says."""
+    from sglang.srt.layers.amx_utils import PackWeightMethod
+
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    monkeypatch.setattr(
+        hooked_gate, "quant_method", PackWeightMethod(weight_names=["weight"]), raising=False
+    )
+    plan_gate(hooked_gate)
+    assert router_logits(hooked_gate, random_inputs(2)[0]) is None
+
+
+def test_vmap_over_the_gate(hooked_gate: torch.nn.Module) -> None:
+    plan_gate(hooked_gate)
+    batches = torch.randn(3, 2, 7168).bfloat16()
+    with torch.no_grad():
+        mapped = torch.vmap(hooked_gate)(batches)
+        one_by_one = torch.stack([hooked_gate(batch) for batch in batches])
+    torch.testing.assert_close(mapped, one_by_one, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("num_experts", [256, 384])
@@ -305,8 +395,7 @@ def test_a_missing_flashinfer_warns_once_at_load(
     assert [record.message for record in caplog.records] == [
         f"Router GEMM (backend {requested}): SGLang's own path serves instead: "
         "flashinfer-python is not there.",
-        "Router GEMM [256, 7168] on SM 100: M 1+ SGLang: flashinfer-python is not there "
-        f"(backend {requested}, PDL on)",
+        f"Router GEMM [256, 7168] on SM 100: M 1+ SGLang (backend {requested}, PDL on)",
     ]
 
 

@@ -16,8 +16,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_router_gemm_export import ISORT, lint
 
+from cpu.test_export import ISORT, lint
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.contract import GATE_MODULE, MODEL, OP, Contract, examine
 
@@ -29,8 +29,8 @@ SERVER_ARGS = "get_global_server_args().enable_deterministic_inference"
 CONTEXT = "get_server_args().enable_deterministic_inference"
 EXECUTION = "get_exec().deterministic.enable_deterministic_inference"
 
-# How the gate asks for deterministic inference, and whether the model defines an op under
-# the name of ours.
+# How the gate asks for deterministic inference, and whether the model registers an op of its
+# own for FlashInfer's kernel.
 RELEASES = {
     **{f"0.5.{patch}": (SERVER_ARGS, True) for patch in range(11, 15)},
     "0.5.15": (SERVER_ARGS, False),
@@ -95,21 +95,21 @@ def test_the_export_applies(
     edited = [f"python/sglang/{MODEL}", "python/sglang/srt/environ.py"]
     lint(checkout, edited, "F821")
     assert _unused_imports(after) <= _unused_imports(before)
-    # Our op and no other has the name, and the gate asks the fast path first.
+    # Our op alone is left, and the gate asks the fast path first.
     contract = examine(checkout / "python" / "sglang")
     assert contract.in_tree
     assert not contract.defines_op
     assert (f"import {OP}\n" in after) == RELEASES[release][1]
-    assert f"from {GATE_MODULE} import fast_router_logits, prepare_router_gemm\n" in after
+    assert f"from {GATE_MODULE} import plan_gate, router_logits\n" in after
     (gate,) = (
         node
         for node in ast.parse(after).body
         if isinstance(node, ast.ClassDef) and node.name == "MoEGate"
     )
     bodies = {node.name: node.body for node in gate.body if isinstance(node, ast.FunctionDef)}
-    assert ast.unparse(bodies["__init__"][-1]) == "prepare_router_gemm(self.weight)"
+    assert ast.unparse(bodies["__init__"][-1]) == "plan_gate(self)"
     assert ast.unparse(bodies["forward"][0]) == (
-        "logits = fast_router_logits(hidden_states, self.weight, forward_batch)"
+        "logits = router_logits(self, hidden_states, forward_batch)"
     )
     assert ast.unparse(bodies["forward"][1]) == "if logits is not None:\n    return logits"
 

@@ -1,7 +1,7 @@
 """The build and the cache of the cluster kernel, broken: a fresh process's gates answer on a GPU.
 
 Each case is a cache and an nvcc as they might be found, and what must follow: `cluster` serves,
-or SGLang's path does after one warning with the reason. nvcc never runs twice.
+or SGLang's path does after one warning with the reason. nvcc runs no oftener than it must.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Broken(NamedTuple):
     reason: str | None
     """A regular expression; None where the cluster kernel serves all the same."""
     needs_root: bool = False
+    builds: int = 1
+    """How often nvcc may run: one that is killed is tried once more."""
 
 
 class Machine:
@@ -139,12 +141,21 @@ def _cut_off_without_nvcc(machine: Machine) -> None:
 
 def _replace_library(machine: Machine, library: bytes) -> None:
     """In place, so that its mode stays, and as whole as what the compiler wrote."""
-    machine.library.write_bytes(library)
-    jit._digest_file(machine.library).write_text(jit._digest(machine.library))
+    machine.library.write_bytes(jit._sealed(library))
 
 
 def _no_library(machine: Machine) -> None:
     _replace_library(machine, b"\x7fELF, and then nothing")
+
+
+def _no_library_without_nvcc(machine: Machine) -> None:
+    _no_library(machine)
+    machine.without_nvcc()
+
+
+def _killed_once(machine: Machine) -> None:
+    machine.without_cache()
+    machine.nvcc(f'[ $(wc -l < {machine.count}) = 1 ] && kill -9 $$; exec "$NVCC" "$@"')
 
 
 def _wrong_numbers(machine: Machine) -> None:
@@ -200,14 +211,18 @@ BROKEN = {
     "no cache yet": Broken(Machine.without_cache, None),
     "no nvcc": Broken(_no_nvcc, r"nvcc is missing\); install the CUDA toolkit"),
     "nvcc fails": Broken(_nvcc("echo 'x.cu(1): error: no' >&2; exit 3"), r"exits with 3: x\.cu"),
-    "nvcc is killed": Broken(_nvcc("kill -9 $$"), "exits with -9"),
+    "nvcc is killed": Broken(_nvcc("kill -9 $$"), "exits with -9", builds=2),
+    "nvcc is killed once": Broken(_killed_once, None, builds=2),
     "no room for what nvcc writes": Broken(
         _nvcc('ulimit -f 16; exec "$NVCC" "$@"'), r"exits with \d+"
     ),
     "no cache folder": Broken(_no_cache_folder, "/proc/router_gemm.* cannot be used"),
     "cut-off binary": Broken(_cut_off, None),
     "cut-off binary, no nvcc": Broken(_cut_off_without_nvcc, r"nvcc is missing\)"),
-    "no library": Broken(_no_library, "does not load"),
+    "no library": Broken(_no_library, None),
+    "no library, no nvcc": Broken(
+        _no_library_without_nvcc, r"does not load: .*; built again: no nvcc for SM"
+    ),
     "a kernel that is wrong": Broken(_wrong_numbers, "is off by .* at M = 1"),
     "killed half-way": Broken(_killed_half_way, None),
     "cache writable by others": Broken(_writable_by_others, r"cache is writable by others"),
@@ -227,7 +242,7 @@ def test_the_gate_answers(what: str, machine: Machine, run_python: Callable[...,
     output = run_python(GATES, **machine.environment)
     assert "ANSWERED" in output
     assert output.count("loading cluster_router_gemm [256, 7168]") == 1
-    assert machine.num_builds() <= 1
+    assert machine.num_builds() <= broken.builds
     if broken.reason is None:
         assert SERVED in output
         assert "WARNING" not in output, output

@@ -186,7 +186,7 @@ def accuracy_table(results: Results) -> str:
             + [f"{100 * min(agreements):.1f} %" if agreements else "", _invariance(changes)]
         )
     headers = ["provider", "", "random", "scale", "hot", "same\ntop 8", "batch-\ninvariant"]
-    table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[22, *[None] * 5, 12])
+    table = tabulate(rows, headers, disable_numparse=True, maxcolwidths=[21, 7, *[None] * 4, 13])
     return "\n".join((table, *_indented(remarks)))
 
 
@@ -247,11 +247,13 @@ def mode_table(
             cells.append(_ratio(row, peers, own))
         rows.append([str(num_tokens), *cells])
     names = [_in_mode(results, each["name"], mode) for each in columns]
-    headers = ["M", *names]
-    headers += ["fastest"] if only is None else []
-    headers += ["best peer / ours"] if own else []
+    ratio = "best peer / ours"
     if tablefmt == "simple":
-        return _folded(rows, [header.replace(" ", "\n") for header in headers])
+        names = [name.replace(" ", "\n") for name in names]
+        ratio = "best peer\n/ ours"
+    headers = ["M", *names, *(["fastest"] if only is None else []), *([ratio] if own else [])]
+    if tablefmt == "simple":
+        return _folded(rows, headers)
     return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True)
 
 
@@ -396,4 +398,4 @@ def _worst(checks: Sequence[dict[str, Any]], measure: str, kind: str) -> str:
 def _invariance(changes: list[int] | None) -> str:
     if changes is None:
         return ""
-    return "no, from M = " + ", ".join(map(str, changes)) if changes else "yes"
+    return "no, at M = " + ", ".join(map(str, changes)) if changes else "yes"

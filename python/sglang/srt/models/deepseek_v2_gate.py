@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,13 +57,19 @@ class DeepseekV2Gate(nn.Module):
         return matmul_fp32(hidden_states, weight) if logits is None else logits
 
 
-def plan_gate(gate: nn.Module) -> None:
+def plan_gate(gate: nn.Module, own_forward: Callable[..., torch.Tensor] | None = None) -> None:
     """Makes the plan of a gate that has just been built, and loads what it needs.
+
+    Args:
+        gate: has `weight`, `[N, K]`.
+        own_forward: the forward that is replaced; a kernel must give what that gives.
 
     Raises:
         ValueError: an environment variable holds a value that it does not have.
     """
-    gate.router_plan = make_plan(gate.weight)
+    gate.router_plan = None
+    if getattr(gate, "quant_method", None) is None:  # else its bytes may not be what they seem
+        gate.router_plan = make_plan(gate.weight, gate=gate, own_forward=own_forward)
 
 
 def router_logits(
@@ -71,14 +78,19 @@ def router_logits(
     """fp32 logits `[M, N]` from the backend that serves this call, None if none does.
 
     Args:
-        gate: has `weight`, `[N, K]`, and `router_plan`, which may be None.
+        gate: has `weight`, `[N, K]`, and what `plan_gate` gave it.
         hidden_states: `[M, K]`.
         forward_batch: SGLang's batch, where the gate was given it.
     """
-    weight: torch.Tensor = gate.weight
     plan: Plan | None = gate.router_plan
-    if plan is None or not plan.is_for(weight):
-        if torch.compiler.is_compiling():
+    if plan is None:
+        return None
+    compiling = torch.compiler.is_compiling()
+    if not compiling and plan.leaves(hidden_states.shape[0]):
+        return None  # first, because a prefill comes this way
+    weight: torch.Tensor = gate.weight
+    if not plan.is_for(weight):
+        if compiling or plan.is_final:
             return None  # a trace cannot plan; the next eager call will
         plan = gate.router_plan = find_plan(weight)
     return plan.logits(hidden_states, weight, forward_batch)

@@ -7,16 +7,17 @@ op, its place in the settings, `doctor`, `prebuild` and README's table follow.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from sglang.srt.layers.moe_router import cluster_router_gemm, flashinfer_router_gemm
+from sglang.srt.layers.moe_router import cluster_router_gemm, flashinfer_router_gemm, jit
+from sglang.srt.layers.moe_router.isolation import LimitExceededError, run_isolated
 from sglang.srt.layers.moe_router.kernel import Loaded, Run, Target, empty_logits
 from sglang.srt.layers.moe_router.packages import find_function, first_line
 
@@ -28,6 +29,10 @@ ALIGNMENT_BYTES = 16
 # The largest relative error against fp64 at which a kernel that was just loaded is
 # believed. fp32 accumulation over K = 7168 gives about 1e-7 (H100, 2026-11-27).
 _MAX_RELATIVE_ERROR = 1e-6
+
+# The longest that a load may take, builds included. SGLang's ranks meet again after it, and a
+# collective waits 300 s or more.
+LOAD_LIMIT_S = 240.0
 
 
 Pdl = Literal["switch", "always", "never"]
@@ -115,9 +120,14 @@ class Backend:
     load: Callable[[Target], Loaded]
     """Builds it where it must, and loads it. Raises whatever nvcc and the libraries raise."""
     hint: str = ""
-    """What to install where it does not load."""
+    """What to install where its library cannot build or load it."""
     op: str | None = None
-    """The name of its custom op, in the namespace `sglang`; None where PyTorch's own serves."""
+    """The name of its custom op, in the namespace `sglang`; None where PyTorch's own serves.
+
+    One that no release of SGLang ever had: torch's graph cache does not see a changed schema
+    (pytorch issue 187319). SGLang 0.5.11 to 0.5.14 have a `flashinfer_dsv3_router_gemm` that
+    declares no mutated argument, so that a compiled graph may return logits that nobody wrote.
+    """
     op_writes_logits: bool = False
     """The op writes logits that the caller gives, as in SGLang PR 17707, and returns nothing."""
     guards_device: bool = False
@@ -168,27 +178,38 @@ def load_kernel(backend: Backend, target: Target) -> Run | str:
     name = f"{backend.kernel} [{target.num_experts}, {target.hidden_size}]"
     logger.info("Router GEMM: loading %s; the first start builds it with nvcc.", name)
     started = time.perf_counter()
-    # In a thread of its own, where none of the caller's modes and streams is on, nor the memory
-    # region of `--enable-memory-saver`: what is allocated there goes to sleep with the weights.
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            _loaded[key] = thread.submit(_load_checked, backend, target).result()
-        except Exception as error:  # whatever nvcc, ninja, the driver or a library raises
-            logger.info("Router GEMM: %s did not load.", name, exc_info=True)
-            _loaded[key] = f"{name} did not load ({first_line(error)}); {backend.hint}"
-        else:
-            seconds = time.perf_counter() - started
-            logger.info("Router GEMM: %s is ready after %.1f s.", name, seconds)
+    given_up = threading.Event()
+    try:
+        _loaded[key] = run_isolated(
+            lambda: _load_checked(backend, target, given_up), target.device, LOAD_LIMIT_S
+        )
+    except Exception as error:  # whatever nvcc, ninja, the driver or a library raises
+        given_up.set()
+        logger.info("Router GEMM: %s did not load.", name, exc_info=True)
+        reason = f"{name} did not load ({first_line(error)})"
+        # Ours say what to do; a library that fails to build does not.
+        ours = isinstance(error, (jit.BuildError, WrongNumbersError, LimitExceededError))
+        _loaded[key] = reason if ours or not backend.hint else f"{reason}; {backend.hint}"
+    else:
+        logger.info("Router GEMM: %s is ready after %.1f s.", name, time.perf_counter() - started)
     return _loaded[key]
 
 
-def _load_checked(backend: Backend, target: Target) -> Run:
+def refuse_kernel(backend: Backend, target: Target, reason: str) -> None:
+    """Takes back what `load_kernel` gave: nobody in this process may call it."""
+    _loaded[backend.name, target.device, (target.num_experts, target.hidden_size)] = reason
+
+
+class WrongNumbersError(Exception):
+    """A kernel that was just loaded does not compute the logits."""
+
+
+def _load_checked(backend: Backend, target: Target, given_up: threading.Event) -> Run:
     """Loads the kernel, and runs it once for each M that matters, against fp64.
 
     Raises:
-        RuntimeError: its numbers are wrong; and whatever the load raises.
+        WrongNumbersError: it is off by more than rounding; and whatever the load raises.
     """
-    torch.cuda.set_device(target.device)  # of this thread alone
     run, every_m = backend.load(target)
     if not backend.guards_device:
         run = _on_its_device(run)
@@ -204,12 +225,14 @@ def _load_checked(backend: Backend, target: Target) -> Run:
     expected = hidden_states.double() @ weight.double().t()
     weight, hidden_states = weight.to(target.device), hidden_states.to(target.device)
     for num_tokens in every_m:
+        if given_up.is_set():  # the GPU may be in a graph capture by now
+            raise LimitExceededError("nobody waits for it any longer")
         logits = empty_logits(hidden_states[:num_tokens], weight).fill_(torch.nan)
         found = run(hidden_states[:num_tokens], weight, logits, False).cpu().double()
         wrong = found - expected[:num_tokens]
         error = float(wrong.norm() / expected[:num_tokens].norm())
         if not error <= _MAX_RELATIVE_ERROR:
-            raise RuntimeError(
+            raise WrongNumbersError(
                 f"it is off by {error:.1e} at M = {num_tokens}, must be within "
                 f"{_MAX_RELATIVE_ERROR:.0e} of fp64"
             )
@@ -266,6 +289,10 @@ def matmul_fp32(
     16-bit operands on a CUDA device go to cuBLAS as they are and are accumulated and
     returned in fp32. Elsewhere `torch.mm` has no `out_dtype`, and both are widened.
     """
+    device_type = hidden_states.device.type
+    if device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):  # it would round the logits
+            return matmul_fp32(hidden_states, weight, logits)
     if hidden_states.is_cuda and hidden_states.dtype == weight.dtype != torch.float32:
         return torch.mm(hidden_states, weight.t(), out_dtype=torch.float32, out=logits)
     return torch.mm(hidden_states.float(), weight.float().t(), out=logits)
@@ -291,7 +318,6 @@ BACKENDS: Mapping[str, Backend] = {
             ),
             missing=cluster_router_gemm.missing,
             load=cluster_router_gemm.load,
-            hint="it is built with nvcc: install the CUDA toolkit and set CUDA_HOME",
             op="cluster_router_gemm",
             guards_device=True,
             measured_sms=(90,),
@@ -314,7 +340,7 @@ BACKENDS: Mapping[str, Backend] = {
             load=flashinfer_router_gemm.load,
             hint="FlashInfer builds it with nvcc and ninja: install the CUDA toolkit and set "
             "CUDA_HOME, or install FlashInfer's prebuilt kernels (flashinfer-jit-cache)",
-            op="flashinfer_dsv3_router_gemm",
+            op="flashinfer_dsv3_router_gemm_out",
             op_writes_logits=True,
             build=flashinfer_router_gemm.build,
             find_builder=flashinfer_router_gemm.find_builder,

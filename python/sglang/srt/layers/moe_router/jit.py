@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
+import signal
+import stat
 import subprocess
 import sysconfig
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-_BUILD_TIMEOUT_S = 600
+# For all processes that wait for one build together: a collective of SGLang's waits 300 s or more.
+BUILD_LIMIT_S = 200.0
+_SEAL = b"\nrouter-gemm sha256 "
+_ADVICE = "set TVM_FFI_CACHE_DIR or FLASHINFER_WORKSPACE_BASE to a folder that only you may write"
 # With the features of exactly that GPU ("a"), as SGLang and FlashInfer compile.
 _FLAGS = ("-shared", "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-cudart", "static")
 
@@ -45,7 +54,8 @@ class Spec(NamedTuple):
     def key(self) -> str:
         """Hash of everything that the binary depends on, but for the compiler.
 
-        An image may have the binary and no compiler.
+        An image may have the binary and no compiler. A cache may be shared by machines that
+        differ, so their processor and C library are part of it.
         """
         import tvm_ffi
 
@@ -53,7 +63,8 @@ class Spec(NamedTuple):
         for file in sorted(self.source.parent.iterdir()):
             if file.suffix in (".cu", ".cuh"):
                 found.update(file.read_bytes())
-        found.update(repr((self.flags(), tvm_ffi.__version__)).encode())
+        machine = platform.machine(), *platform.libc_ver()
+        found.update(repr((self.flags(), tvm_ffi.__version__, machine)).encode())
         return found.hexdigest()[:16]
 
 
@@ -65,35 +76,78 @@ def load(spec: Spec) -> Any:
     Raises:
         BuildError: there is no compiler, it fails, or the cache cannot be trusted.
     """
+    library = build(spec)
+    try:
+        return _load(library)
+    except BuildError as error:
+        try:
+            return _load(build(spec, instead_of=_sealed_digest(library)))
+        except BuildError as again:
+            raise BuildError(f"{error}; built again: {again}") from again
+
+
+def _load(library: Path) -> Any:
     import tvm_ffi
 
-    library = build(spec)
     try:
         return tvm_ffi.load_module(str(library))
     except Exception as error:
         raise BuildError(f"{library} does not load: {error}") from error
 
 
-def build(spec: Spec) -> Path:
+def build(spec: Spec, instead_of: bytes | None = None) -> Path:
     """Path of the module, built where it is not cached.
+
+    Args:
+        instead_of: the digest of a module that does not load here; one with that is built again.
 
     Raises:
         BuildError: as `load`.
     """
     library = library_path(spec)
-    folder = library.parent
+    folder, started = library.parent, time.time()
+
+    def is_there() -> bool:
+        return _is_whole(library) and (instead_of is None or _sealed_digest(library) != instead_of)
+
     try:
-        if not is_cached(spec):  # a cache that is whole need not be ours to write
+        if not is_there():  # a cache that is whole need not be ours to write
             _make_folder(folder)
-            with FileLock(folder / "lock", timeout=_BUILD_TIMEOUT_S, mode=0o644):
-                if not _is_whole(library):
-                    _compile(spec, library)
+            with _lock(folder):
+                # Whoever waited for a build that failed gives up with the builder.
+                if reason := _failure_since(folder, started):
+                    raise BuildError(reason)
+                if not is_there():
+                    _compile(spec, library, started + BUILD_LIMIT_S)
         _check_trusted(library)
     except Timeout as error:
-        raise BuildError(f"{folder} is locked for {_BUILD_TIMEOUT_S} s") from error
+        raise BuildError(f"{folder} is locked for {BUILD_LIMIT_S:.0f} s") from error
     except OSError as error:
         raise BuildError(f"the cache {folder} cannot be used ({error})") from error
     return library
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / "lock", timeout=BUILD_LIMIT_S, mode=0o644)
+    try:
+        lock.acquire()
+    except NotImplementedError:  # a volume without locks: two may build, each its own file
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _failure_since(folder: Path, started: float) -> str | None:
+    """Why the last build failed, if that was after `started`."""
+    failed = folder / "failed"
+    try:
+        return failed.read_text() if failed.stat().st_mtime >= started else None
+    except FileNotFoundError:
+        return None
 
 
 def find_builder(spec: Spec) -> Path | None:
@@ -132,15 +186,24 @@ def is_cached(spec: Spec) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where TVM FFI keeps compiled modules: `TVM_FFI_CACHE_DIR` or its default.
+    """Where compiled modules lie: TVM FFI's cache, `TVM_FFI_CACHE_DIR` or its default.
+
+    In a folder that everybody may write and nobody may take from others (as /tmp), it is a
+    subfolder of this user's own.
 
     Raises:
         BuildError: the variable is not set, and this user has no home.
     """
     try:
-        return Path(os.environ.get("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi")).expanduser()
+        folder = Path(os.environ.get("TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi")).expanduser()
     except RuntimeError as error:
         raise BuildError(f"{error}: set HOME or TVM_FFI_CACHE_DIR") from error
+    try:
+        mode = folder.stat().st_mode
+    except OSError:  # not there yet, or not to be seen: the build will say
+        return folder
+    shared = mode & stat.S_IWOTH and mode & stat.S_ISVTX
+    return folder / f"user-{os.geteuid()}" if shared else folder
 
 
 def find_nvcc(sm: int, candidates: Iterable[Path] | None = None) -> Path:
@@ -182,38 +245,63 @@ def _nvcc_problem(nvcc: Path, sm: int) -> str | None:
         return "is missing"
     try:
         done = subprocess.run(
-            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False, timeout=60
+            [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"does not run: {error}"
+        return f"does not run ({error})"
     if done.returncode != 0:
         return f"exits with {done.returncode}"
     return None if f"sm_{sm}" in done.stdout.split() else f"does not know sm_{sm}"
 
 
-def _compile(spec: Spec, library: Path) -> None:
+def _compile(spec: Spec, library: Path, deadline: float) -> None:
+    """Puts the module into place with one rename, or says in the folder why it cannot."""
+    folder = library.parent
+    handle, name = tempfile.mkstemp(dir=folder, prefix="module.", suffix=".so")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        _run_nvcc(spec, partial, deadline)
+        partial.write_bytes(_sealed(partial.read_bytes()))
+        partial.chmod(0o644)  # whatever the umask is
+        partial.replace(library)
+    except BuildError as error:
+        failed = folder / "failed"
+        failed.write_text(str(error))
+        failed.chmod(0o644)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _run_nvcc(spec: Spec, output: Path, deadline: float) -> None:
     import tvm_ffi
 
     package = Path(tvm_ffi.__file__).parent
-    partial = library.with_suffix(f".{os.getpid()}.so")
-    command = [str(find_nvcc(spec.sm)), *spec.flags(), f"-I{package / 'include'}", str(spec.source)]
-    command += ["-o", str(partial), f"-L{package / 'lib'}", "-ltvm_ffi"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_BUILD_TIMEOUT_S
-        )
-        if done.returncode != 0:
-            said = _first_complaint(done.stderr + done.stdout)
-            raise BuildError(f"{command[0]} exits with {done.returncode}: {said}")
-        digest = _digest_file(library)
-        digest.write_text(_digest(partial))
-        for file in (partial, digest):
-            file.chmod(0o644)  # whatever the umask is
-        partial.replace(library)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} takes more than {_BUILD_TIMEOUT_S} s") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    nvcc = find_nvcc(spec.sm)
+    command = [str(nvcc), *spec.flags(), f"-I{package / 'include'}", str(spec.source)]
+    command += ["-o", str(output), f"-L{package / 'lib'}", "-ltvm_ffi"]
+    for attempt in ("first", "second"):
+        # A session of its own: with nvcc end the compilers that it has started.
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=max(deadline - time.time(), 0))
+            except subprocess.TimeoutExpired as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                limit = f"it takes more than {BUILD_LIMIT_S:.0f} s"
+                raise BuildError(f"{nvcc} is killed, {limit}") from error
+        if process.returncode == 0:
+            return
+        # Killed from outside, for want of memory perhaps: that may pass.
+        if process.returncode > 0 or attempt == "second":
+            complaint = _first_complaint(said)
+            raise BuildError(f"{nvcc} exits with {process.returncode}: {complaint}")
 
 
 def _first_complaint(output: str) -> str:
@@ -222,26 +310,30 @@ def _first_complaint(output: str) -> str:
     return found[0].strip() if found else "no message"
 
 
-def _digest_file(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _sealed(library: bytes) -> bytes:
+    """The library with its digest behind it, which a loader does not mind: one file, one rename."""
+    return library + _SEAL + hashlib.sha256(library).hexdigest().encode()
 
 
 def _is_whole(library: Path) -> bool:
     """Whether it is what the compiler wrote: a cut-off library may crash the process."""
     try:
-        return _digest_file(library).read_bytes() == _digest(library).encode()
+        content, _, _ = library.read_bytes().rpartition(_SEAL)
+        return library.read_bytes() == _sealed(content)
     except FileNotFoundError:
         return False
+
+
+def _sealed_digest(library: Path) -> bytes:
+    return library.read_bytes().rpartition(_SEAL)[2]
 
 
 def _make_folder(folder: Path) -> None:
     """Makes what is missing of the cache: everybody may read it, its owner alone may write."""
     for each in (*reversed(folder.parents), folder):
         if not each.is_dir():
+            if each == folder:
+                check_trusted(folder.parent)  # or it would be left behind there
             each.mkdir(exist_ok=True)
             each.chmod(0o755)  # whatever the umask is
     check_trusted(folder.parent)
@@ -259,7 +351,7 @@ def check_writable(folder: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise BuildError(f"{existing} is a file, must be a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
         raise BuildError(f"{existing} cannot be written by user {os.geteuid()}")
 
 
@@ -287,7 +379,12 @@ def check_trusted(path: Path) -> None:
     """
     found = path.stat()
     if found.st_uid not in (os.geteuid(), 0):
-        raise BuildError(f"{path} belongs to user {found.st_uid}, must be yours or root's")
+        raise BuildError(
+            f"{path} belongs to user {found.st_uid}, must be yours or root's; {_ADVICE}"
+        )
     others = 0o002 if found.st_gid in (found.st_uid, 0) else 0o022
     if found.st_mode & others:
-        raise BuildError(f"{path} is writable by others (mode {found.st_mode & 0o777:o})")
+        mode = found.st_mode & 0o7777
+        raise BuildError(
+            f"{path} is writable by others (mode {mode:o}, group {found.st_gid}); {_ADVICE}"
+        )

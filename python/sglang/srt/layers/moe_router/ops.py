@@ -78,21 +78,15 @@ def _register(backend: Backend) -> Callable[..., torch.Tensor | None]:
     fake_impl: Callable[..., torch.Tensor | None] = empty_logits
     if backend.op_writes_logits:
         impl, fake_impl = writing, lambda logits, hidden_states, weight: None
-    # `register_custom_op` keeps whatever op already has the name. SGLang 0.5.11 to 0.5.14
-    # register `flashinfer_dsv3_router_gemm` when `deepseek_v2` is imported, with a schema that
-    # declares no mutated argument: torch.compile may then drop the call or move it, and the
-    # logits stay uninitialised. An op cannot be redefined, so ours moves to a name of its own.
-    taken = hasattr(torch.ops.sglang, backend.op)
-    op_name = f"{backend.op}_mutating" if taken else backend.op
     op: Callable[..., torch.Tensor | None] = register_custom_op(
         impl,
-        op_name=op_name,
+        op_name=backend.op,
         mutates_args=["logits"] if backend.op_writes_logits else [],
         fake_impl=fake_impl,
     )
     # SGLang registers for CUDA alone. No router kernel runs on a CPU, but a total op
     # has an answer there too, so a graph traced for a GPU can be checked without one.
-    torch.library.register_kernel(f"sglang::{op_name}", "cpu", impl)
+    torch.library.register_kernel(f"sglang::{backend.op}", "cpu", impl)
     return op
 
 

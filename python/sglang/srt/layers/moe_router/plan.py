@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,15 +18,21 @@ from sglang.srt.layers.moe_router import backends
 from sglang.srt.layers.moe_router.backends import (
     ALIGNMENT_BYTES,
     BACKENDS,
+    LOAD_LIMIT_S,
     Backend,
     either,
     find_kernel,
     load_kernel,
+    refuse_kernel,
 )
 from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
+from sglang.srt.layers.moe_router.isolation import run_isolated
 from sglang.srt.layers.moe_router.kernel import Run, Target, device_sm, empty_logits
 from sglang.srt.layers.moe_router.models import MODELS, find_model
 from sglang.srt.layers.moe_router.ops import router_gemm
+from sglang.srt.layers.moe_router.packages import first_line
+from sglang.srt.layers.moe_router.ranks import Round
+from sglang.srt.layers.moe_router.twin import find_difference
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -159,6 +165,20 @@ class Plan:
     """The kernel itself, for a plain eager call. None where no backend serves."""
     pdl: bool
 
+    @property
+    def is_final(self) -> bool:
+        """Whether another weight would be left to SGLang as well: the gate itself is not ours."""
+        return self.decision.backend is None and self.decision.unavailable
+
+    def leaves(self, num_tokens: int) -> bool:
+        """Whether `auto` leaves this M to SGLang, whatever else the call is."""
+        decision = self.decision
+        return (
+            num_tokens not in decision.num_tokens
+            and decision.backend is not None
+            and self.requested == AUTO
+        )
+
     def is_for(self, weight: torch.Tensor) -> bool:
         """Whether it was made for such a weight. A gate's weight may be replaced."""
         target = self.target
@@ -290,12 +310,23 @@ _plans: dict[tuple[object, ...], Plan] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def make_plan(weight: torch.Tensor, requested: str | None = None) -> Plan:
+OwnForward = Callable[..., torch.Tensor]
+
+
+def make_plan(
+    weight: torch.Tensor,
+    requested: str | None = None,
+    gate: torch.nn.Module | None = None,
+    own_forward: OwnForward | None = None,
+) -> Plan:
     """The plan of a gate with this weight; loads the kernel. For model load only.
 
     Args:
         weight: the gate's `[N, K]`, on the device where it will be used, or not there yet.
-        requested: a backend, instead of what the user asked for; nothing is logged then.
+        requested: a backend, instead of what the user asked for; nothing is logged then, and
+            the other ranks are not asked.
+        gate: whose forward is replaced; with `own_forward` a kernel is held against it.
+        own_forward: that forward, `own_forward(gate, hidden_states)`.
 
     Raises:
         ValueError: an environment variable holds a value that it does not have.
@@ -305,17 +336,55 @@ def make_plan(weight: torch.Tensor, requested: str | None = None) -> Plan:
         # Made on the CPU or the meta device, and moved later.
         device = torch.device("cuda", torch.cuda.current_device())
     asked = requested or requested_backend()
-    key = (asked, device, weight.shape, weight.dtype, deterministic_inference(), pdl_enabled())
+    settings = deterministic_inference(), pdl_enabled()
+    key = (asked, device, weight.shape, weight.dtype, type(gate), own_forward, *settings)
     if key not in _plans:
         target = Target(device, device_sm(device), *weight.shape)
+        ranks = Round(f"{list(weight.shape)} {weight.dtype}") if requested is None else None
 
         def unavailable(backend: Backend) -> str | None:
             return backend.missing(target.sm) or _reason(load_kernel(backend, target))
 
-        _plans[key] = _plan(asked, target, weight.dtype, unavailable)
+        plan = _plan(asked, target, weight.dtype, unavailable)
+        if gate is not None and own_forward is not None:
+            plan = _without(plan, _difference(plan, gate, own_forward))
+        if ranks is not None:
+            plan = _agreed(plan, ranks)
+        _plans[key] = plan
         if requested is None:
-            _announce(_plans[key])
+            _announce(plan)
     return _plans[key]
+
+
+def _difference(plan: Plan, gate: torch.nn.Module, own_forward: OwnForward) -> str | None:
+    run, target, num_tokens = plan.run, plan.target, plan.decision.num_tokens
+    if run is None:
+        return None
+    kernel = run  # not None, for the closure
+    try:
+        return run_isolated(
+            lambda: find_difference(gate, own_forward, kernel, target, plan.dtype, num_tokens),
+            target.device,
+            LOAD_LIMIT_S,
+        )
+    except Exception as error:  # whatever a gate that is not as expected raises
+        return f"SGLang's own gate cannot be compared ({first_line(error)})"
+
+
+def _agreed(plan: Plan, ranks: Round) -> Plan:
+    """The plan, or one without a backend where a rank has another."""
+    backend = plan.decision.backend
+    reason = ranks.disagreement(backend.name if backend is not None else None, plan.decision.reason)
+    if backend is not None and reason is not None:
+        refuse_kernel(backend, plan.target, reason)
+    return _without(plan, reason)
+
+
+def _without(plan: Plan, reason: str | None) -> Plan:
+    """The plan without its backend, where there is a reason."""
+    if reason is None or plan.decision.backend is None:
+        return plan
+    return replace(plan, decision=Decision(None, _NO_TOKENS, reason, unavailable=True), run=None)
 
 
 def find_plan(weight: torch.Tensor) -> Plan:
@@ -351,26 +420,29 @@ def _reason(kernel: Run | str) -> str | None:
 
 def _announce(plan: Plan) -> None:
     """Says once a shape, for each rank, who serves which M; warns where ours cannot."""
-    _warn_at_load(plan)
+    warned, decision = _warn_at_load(plan), plan.decision
     if plan.target.device.type != "cuda":
         return
-    served = ", ".join(f"M {tokens} {name or 'SGLang'}" for tokens, name in plan.decision.ranges())
+    served = ", ".join(f"M {tokens} {name or 'SGLang'}" for tokens, name in decision.ranges())
     logger.info(
         "Router GEMM [%d, %d] on SM %s: %s (backend %s, PDL %s)",
         plan.target.num_experts,
         plan.target.hidden_size,
         plan.target.sm,
-        served if plan.decision.backend is not None else f"{served}: {plan.decision.reason}",
+        served if warned or decision.backend is not None else f"{served}: {decision.reason}",
         plan.requested,
         "on" if plan.pdl else "off",
     )
 
 
-def _warn_at_load(plan: Plan) -> None:
+def _warn_at_load(plan: Plan) -> bool:
+    """Warns where what was asked for, or what `auto` would take, cannot serve; says if so."""
     decision = plan.decision
-    forced = plan.requested in BACKENDS
-    if decision.backend is None and (forced or decision.unavailable):
-        _warn_once(plan.requested, decision.reason, decision.reason)
+    wanted = plan.requested in BACKENDS or decision.unavailable
+    if decision.backend is not None or not wanted:
+        return False
+    _warn_once(plan.requested, decision.reason, decision.reason)
+    return True
 
 
 def _warn_once(requested: str, condition: str, reason: str) -> None:
