@@ -51,20 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ARCH",
         help="compute capabilities of the GPUs, as in 9.0a 10.0a (default: this machine's)",
     )
-    whose = prebuild.add_mutually_exclusive_group()
-    whose.add_argument(
-        "--model",
-        type=Path,
-        metavar="PATH",
-        help="a model's config.json, or its folder: build for this one alone",
-    )
-    whose.add_argument(
-        "--shape",
-        nargs=2,
-        type=int,
-        metavar=("N", "K"),
-        help="build for gates with N experts and a hidden_size of K alone",
-    )
+    _add_whose_gate(prebuild, "build for it alone")
     prebuild.add_argument(
         "--out",
         type=Path,
@@ -72,6 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder to start the server with, in the variables that are shown at the end "
         "(default: the folders that those name already, else the home's .cache)",
     )
+    bench = commands.add_parser(
+        "bench",
+        help="measure what each backend gains on this GPU, and say which setting to use",
+        description="Times SGLang's own gate and every backend in turn, in CUDA graphs behind the "
+        "kernel that SGLang runs before the gate, after comparing all with fp64. Takes a minute, "
+        "and longer where kernels have to be built. Exits with 1 without a GPU.",
+    )
+    _add_whose_gate(bench, "measure for it (default: DeepSeek-V3)")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     export = commands.add_parser(
         "export",
         help="turn a clean SGLang source checkout into the upstream PR",
@@ -84,6 +80,23 @@ def build_parser() -> argparse.ArgumentParser:
     only.add_argument("--check", action="store_true", help="say whether it applies, change nothing")
     only.add_argument("--diff", action="store_true", help="print the diff, change nothing")
     return parser
+
+
+def _add_whose_gate(command: argparse.ArgumentParser, what_for: str) -> None:
+    whose = command.add_mutually_exclusive_group()
+    whose.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help=f"a model's config.json, or its folder: {what_for}",
+    )
+    whose.add_argument(
+        "--shape",
+        nargs=2,
+        type=int,
+        metavar=("N", "K"),
+        help=f"a gate with N experts and a hidden_size of K: {what_for}",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"sglang-router-gemm: {error}", file=sys.stderr)
         return 2
+    if arguments.command == "bench":
+        from sglang_router_gemm import bench
+
+        return bench.run(arguments.model, arguments.shape, arguments.json)
     if arguments.command == "doctor":
         from sglang_router_gemm import doctor
 

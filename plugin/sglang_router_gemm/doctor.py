@@ -35,6 +35,10 @@ _NOT_ACTIVE = (
 )
 
 
+# H100 and H200.
+_MEASURED_SMS = BACKENDS["cluster"].measured_sms or ()
+
+
 class Kernel(NamedTuple):
     """Whether one backend's kernel can be had for one gate."""
 
@@ -126,11 +130,10 @@ def why_not_loaded() -> str | None:
 
 
 def not_measured(backend: str, sm: int | None) -> str | None:
-    """A remark where this project's own kernel was not timed on that GPU."""
-    measured = BACKENDS[backend].measured_sms
-    if measured is None or sm in measured:
+    """A remark where this project did not time the kernel on that GPU."""
+    if sm in _MEASURED_SMS or BACKENDS[backend].op is None:
         return None
-    return f"{backend} was not measured on SM {sm}"
+    return f"{backend} was not measured on SM {sm}: `sglang-router-gemm bench` does that"
 
 
 def run(as_json: bool) -> int:

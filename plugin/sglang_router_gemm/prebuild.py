@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from sglang_router_gemm.model_config import ConfigError, read_gate
+
 ARCH_LIST = "FLASHINFER_CUDA_ARCH_LIST"
 
 _BUILD = "from sglang_router_gemm.prebuild import build_jobs; build_jobs()"
 _STEP = re.compile(r"\[\d+/\d+\]")
-_NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 Shape = tuple[int, int]
 """N and K."""
@@ -64,7 +65,7 @@ def run(
     """
     try:
         shapes = None if shape is None else [(shape[0], shape[1])]
-        jobs = plan_jobs(backend, archs, shapes if model is None else [read_shape(model)])
+        jobs = plan_jobs(backend, archs, shapes if model is None else [read_gate(model).shape])
         variables = _cache_variables(jobs)
         environment = dict(os.environ)
         if out is not None:
@@ -76,7 +77,7 @@ def run(
                 _build(group, jobs, environment | {ARCH_LIST: arch_list})
             if out is not None:
                 _let_others_read(out)
-    except PrebuildError as error:
+    except (PrebuildError, ConfigError) as error:
         print(f"sglang-router-gemm prebuild: {error}", file=sys.stderr)
         return 1
     if out is not None:
@@ -145,32 +146,6 @@ def plan_jobs(
     for line in nothing:
         print(line, flush=True)
     return jobs
-
-
-def read_shape(path: Path) -> Shape:
-    """N and K of the model whose config.json, or its folder, this is.
-
-    Raises:
-        PrebuildError: there is no such file, or it does not say.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PrebuildError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise PrebuildError(f"{file} is not JSON: {error}") from error
-    whole = config if isinstance(config, dict) else {}
-    for part in (whole, whole.get("text_config")):
-        if isinstance(part, dict):
-            num_experts = next((part[name] for name in _NUM_EXPERTS if part.get(name)), None)
-            hidden_size = part.get("hidden_size")
-            if isinstance(num_experts, int) and isinstance(hidden_size, int):
-                return num_experts, hidden_size
-    raise PrebuildError(
-        f"{file} has no {', '.join(_NUM_EXPERTS[:-1])} or {_NUM_EXPERTS[-1]} beside "
-        "hidden_size: must be the config.json of an MoE model"
-    )
 
 
 def _arch_lists(archs: Sequence[str] | None) -> list[tuple[str, str]]:

@@ -98,7 +98,7 @@ def test_a_cache_that_others_may_write(nvcc: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").chmod(0o777)
     found = _deepseek_v3()
     assert not found["as_asked"]
-    assert "cache is writable by others (mode 777)" in found["paths"][0]["reason"]
+    assert "cache is writable by others (mode 777, group 0)" in found["paths"][0]["reason"]
 
 
 def test_flashinfers_kernel(nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,9 @@ def test_what_the_packages_do_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_not_measured_has_a_remark(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND, "cluster")
-    assert _deepseek_v3(120)["paths"][0]["reason"] == "cluster was not measured on SM 120"
+    assert _deepseek_v3(120)["paths"][0]["reason"] == (
+        "cluster was not measured on SM 120: `sglang-router-gemm bench` does that"
+    )
     assert _deepseek_v3(90)["paths"][0]["reason"] is None
 
 

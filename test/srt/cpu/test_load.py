@@ -43,7 +43,7 @@ def test_a_load_that_hangs_is_given_up_and_runs_no_kernel_later(
 
     def load(target: Target) -> Loaded:
         time.sleep(2)
-        return lambda *operands: ran.append(operands), (1,)  # type: ignore[return-value]
+        return lambda *operands: ran.append(operands), (1,)
 
     monkeypatch.setattr(backends, "LOAD_LIMIT_S", 0.5)
     started = time.monotonic()

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -20,8 +20,8 @@ import torch
 
 from sglang.srt.layers.moe_router import cluster_router_gemm, jit
 from sglang.srt.layers.moe_router.models import MODELS
-from sglang_router_gemm import prebuild
 from sglang_router_gemm.cli import main
+from sglang_router_gemm.model_config import ConfigError, read_gate
 
 COMPILER = """#!/bin/sh
 case " $* " in
@@ -59,9 +59,9 @@ print(json.dumps(loaded))
 
 pytestmark = pytest.mark.xdist_group("prebuild")  # it begins early: it takes minutes
 
-UNSET = ("FLASHINFER_CUDA_ARCH_LIST", "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_NVCC", "CUDA_PATH")
-UNSET += ("TVM_FFI_CACHE_DIR",)
 VARIABLES = ("TVM_FFI_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
+UNSET = (*VARIABLES, "FLASHINFER_CUDA_ARCH_LIST", "FLASHINFER_NVCC", "CUDA_PATH")
+NONE: Mapping[str, str] = {}
 
 
 class Machine:
@@ -85,14 +85,14 @@ class Machine:
         return len(self._calls.read_text().splitlines()) if self._calls.exists() else 0
 
     def prebuild(
-        self, *arguments: str, umask: int = 0o022, **environment: str
+        self, *arguments: str, environment: Mapping[str, str] = NONE, umask: int = 0o022
     ) -> subprocess.CompletedProcess[str]:
         """The command in this process; what it builds, it builds in others."""
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             for name in UNSET:
                 patch.delenv(name, raising=False)
-            for name, value in (self.environment | environment).items():
+            for name, value in (self.environment | dict(environment)).items():
                 patch.setenv(name, value)
             patch.setattr(torch.cuda, "device_count", lambda: 0)
             before = os.umask(umask)
@@ -103,9 +103,11 @@ class Machine:
         return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
     def prebuild_out(
-        self, *arguments: str, umask: int = 0o022, **environment: str
+        self, *arguments: str, environment: Mapping[str, str] = NONE, umask: int = 0o022
     ) -> subprocess.CompletedProcess[str]:
-        return self.prebuild("--out", str(self.out), *arguments, umask=umask, **environment)
+        return self.prebuild(
+            "--out", str(self.out), *arguments, environment=environment, umask=umask
+        )
 
     def start_server(self, capability: tuple[int, int]) -> list[str]:
         """The modules that FlashInfer loads for `mm_M1_16_K7168_N256` on such GPUs."""
@@ -187,7 +189,7 @@ def _assert_that_others_may_read(folder: Path) -> None:
 
 def test_the_variables_as_in_the_server_name_the_folder(machine: Machine) -> None:
     setting = {"FLASHINFER_CUDA_ARCH_LIST": "9.0a", "FLASHINFER_WORKSPACE_BASE": str(machine.out)}
-    done = machine.prebuild("--backend", "flashinfer", umask=0o077, **setting)
+    done = machine.prebuild("--backend", "flashinfer", environment=setting, umask=0o077)
     assert done.returncode == 0, done.stderr
     assert "Start the server" not in done.stdout
     _assert_that_others_may_read(machine.out)
@@ -235,18 +237,18 @@ def test_the_shape_in_a_config(
     file = tmp_path / "any.json"
     file.write_text(json.dumps(config))
     if expected is not None:
-        assert prebuild.read_shape(file) == expected
+        assert read_gate(file).shape == expected
         return
-    with pytest.raises(prebuild.PrebuildError, match=r"must be the config\.json of an MoE"):
-        prebuild.read_shape(file)
+    with pytest.raises(ConfigError, match=r"must be the config\.json of an MoE"):
+        read_gate(file)
 
 
 def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(prebuild.PrebuildError, match=r"config.json cannot be read: No such file"):
-        prebuild.read_shape(tmp_path)
+    with pytest.raises(ConfigError, match=r"config.json cannot be read: No such file"):
+        read_gate(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(prebuild.PrebuildError, match=r"config.json is not JSON"):
-        prebuild.read_shape(tmp_path)
+    with pytest.raises(ConfigError, match=r"config.json is not JSON"):
+        read_gate(tmp_path)
 
 
 def _only_line(machine: Machine, done: subprocess.CompletedProcess[str]) -> str:
@@ -291,7 +293,7 @@ def test_what_cannot_be_built_is_one_line(
     arguments: list[str], listed: str | None, reason: str, machine: Machine
 ) -> None:
     environment = {"FLASHINFER_CUDA_ARCH_LIST": listed} if listed else {}
-    assert reason in _only_line(machine, machine.prebuild_out(*arguments, **environment))
+    assert reason in _only_line(machine, machine.prebuild_out(*arguments, environment=environment))
     assert machine.compiled == 0
 
 
@@ -300,7 +302,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(variable: str, machine: Mach
     file = machine.out.with_name("file")
     file.touch()
     setting = {variable: str(file / "kernels")}
-    done = machine.prebuild("--arch", "9.0a", "10.3a", **setting)
+    done = machine.prebuild("--arch", "9.0a", "10.3a", environment=setting)
     line = _only_line(machine, done)
     assert line.endswith(f": {file} is a file, must be a folder")
 

@@ -1,0 +1,192 @@
+"""`sglang-router-gemm bench`: what the backends gain on this GPU, and which setting to use.
+
+The measurement is the benchmark's own, `benchmark/kernels/deepseek/router_gemm_benchmark`, which
+a wheel carries inside of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tabulate import tabulate
+
+from sglang.srt.layers.moe_router.backends import BACKENDS
+from sglang.srt.layers.moe_router.environ import AUTO, OFF
+from sglang.srt.layers.moe_router.kernel import Target, device_sm
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
+from sglang.srt.layers.moe_router.packages import installed_versions
+from sglang.srt.layers.moe_router.plan import decide
+from sglang_router_gemm.model_config import ConfigError, GateConfig, read_gate
+
+if TYPE_CHECKING:
+    from router_gemm_benchmark.timing import Candidate
+
+NUM_TOKENS = (1, 8, 16, 32, 64)
+ROUNDS = 20
+OWN = "SGLang MoEGate"
+
+# Two settings closer than that are the same: two runs differ by as much (H200, 2026-11-27).
+_SAME = 1.02
+
+_HERE = Path(__file__).resolve().parent
+for folder in (_HERE, _HERE.parents[1] / "benchmark" / "kernels" / "deepseek"):
+    if (folder / "router_gemm_benchmark").is_dir():
+        sys.path.append(str(folder))
+
+
+def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
+    """Times SGLang's own gate and every backend in turn, prints a table and the setting to use.
+
+    Args:
+        model: a config.json or its folder; by default DeepSeek-V3.
+        shape: N and K, of a model with as many layers as DeepSeek-V3.
+        as_json: print JSON instead.
+
+    Returns:
+        1 where there is no GPU, the model has no gate, or SGLang's own cannot be timed; else 0.
+    """
+    from router_gemm_benchmark.timing import LINKS
+
+    gate = GateConfig(DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size, None)
+    try:
+        if model is not None:
+            gate = read_gate(model)
+        elif shape is not None:
+            gate = GateConfig(shape[0], shape[1], None)
+        if not torch.cuda.is_available():
+            raise ConfigError("this machine has no CUDA device")
+    except ConfigError as error:
+        print(f"sglang-router-gemm bench: {error}", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = Target(device, device_sm(device), *gate.shape)
+    with torch.no_grad():
+        us, skipped = measure(gate.shape, device)
+    findings = {
+        "gpu": torch.cuda.get_device_name(device),
+        "sm": target.sm,
+        "versions": installed_versions() | {"cuda": torch.version.cuda},
+        "num_experts": gate.num_experts,
+        "hidden_size": gate.hidden_size,
+        "layers": gate.layers or LINKS,
+        "us": us,
+        "skipped": skipped,
+        "setting": recommend(us, target),
+    }
+    print(json.dumps(findings, indent=1) if as_json else as_text(findings))
+    return int(OWN not in us)
+
+
+def measure(
+    shape: tuple[int, int], device: torch.device
+) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """Microseconds of one call in the benchmark's `chain`, and why somebody has none.
+
+    Returns:
+        By name, `SGLang MoEGate` or a backend's, the median by M; and the reasons by name.
+    """
+    from router_gemm_benchmark import accuracy
+    from router_gemm_benchmark.providers import Skip, all_providers
+    from router_gemm_benchmark.timing import CHAIN, MODES, Bench, Candidate
+
+    bench = Bench(*shape, ROUNDS, device)
+    mode = CHAIN if bench.producer is not None else MODES[1]
+    skipped: dict[str, str] = {}
+    ready: list[Candidate] = []
+    for provider in all_providers(*shape, device):
+        if not provider.ours and provider.name != OWN:
+            continue
+        print(f"{provider.name}: built or loaded, and compared with fp64 …", file=sys.stderr)
+        try:
+            candidate = Candidate(provider, provider.build())
+        except Skip as reason:
+            skipped[_name(provider.name)] = str(reason)
+            continue
+        wrong = [
+            found.failure
+            for m in NUM_TOKENS
+            if provider.supports(m) is None
+            and (found := accuracy.check(*candidate, m, *shape, device)).failure is not None
+        ]
+        if wrong:
+            skipped[_name(provider.name)] = str(wrong[0])
+        else:
+            ready.append(candidate)
+    us: dict[str, dict[int, float]] = {_name(each.provider.name): {} for each in ready}
+    for m in NUM_TOKENS:
+        here = [each for each in ready if each.provider.supports(m) is None]
+        timings, failures = bench.measure(here, m, mode)
+        for timing in timings:
+            us[_name(timing.provider)][m] = timing.median_us
+        skipped |= {_name(failure.provider): failure.reason for failure in failures}
+    return {name: row for name, row in us.items() if row}, skipped
+
+
+def recommend(us: Mapping[str, Mapping[int, float]], target: Target) -> str:
+    """The value of `SGLANG_ROUTER_GEMM_BACKEND` that is fastest, `auto` where it is as fast.
+
+    An M that a backend does not serve is SGLang's own, at its time.
+    """
+    own = us.get(OWN)
+    if own is None:
+        return AUTO
+    settings = {OFF: own} | {name: {**own, **us[name]} for name in us if name != OWN}
+    taken = decide(AUTO, target, torch.bfloat16, lambda backend: None)
+    auto = dict(own)
+    if taken.backend is not None:
+        served = us.get(taken.backend.name, {})
+        auto |= {m: time for m, time in served.items() if m in taken.num_tokens}
+    means = {name: _geometric_mean(list(row.values())) for name, row in settings.items()}
+    best = min(means, key=means.__getitem__)
+    return AUTO if _geometric_mean(list(auto.values())) <= _SAME * means[best] else best
+
+
+def as_text(findings: Mapping[str, Any]) -> str:
+    us, layers = findings["us"], findings["layers"]
+    own = us.get(OWN, {})
+    names = [name for name in us if name != OWN]
+    rows = [
+        (
+            str(m),
+            f"{own[m]:.2f}" if m in own else "",
+            *(f"{us[name][m]:.2f}" if m in us[name] else "" for name in names),
+            _saved(m, us, layers),
+        )
+        for m in NUM_TOKENS
+    ]
+    headers = ("M", "SGLang's", *names, f"best saves, {layers} layers")
+    lines = [
+        f"{findings['gpu']} (SM {findings['sm']}), gate [{findings['num_experts']}, "
+        f"{findings['hidden_size']}]: µs of one call",
+        "",
+        tabulate(rows, headers, disable_numparse=True),
+        "",
+        *(f"{name} is not there: {reason}" for name, reason in findings["skipped"].items()),
+        f"Use SGLANG_ROUTER_GEMM_BACKEND={findings['setting']}",
+    ]
+    known = BACKENDS["cluster"].measured_sms or ()
+    if findings["sm"] not in known:
+        lines.append(
+            f"Nobody of this project has an SM {findings['sm']}: please send what --json prints."
+        )
+    return "\n".join(lines)
+
+
+def _saved(m: int, us: Mapping[str, Mapping[int, float]], layers: int) -> str:
+    own = us.get(OWN, {}).get(m)
+    best = min((row[m] for name, row in us.items() if name != OWN and m in row), default=None)
+    return "" if own is None or best is None else f"{layers * (own - best):+.0f} µs a step"
+
+
+def _name(provider: str) -> str:
+    return provider.removeprefix("ours: ")
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
