@@ -6,6 +6,9 @@
     backends.py  the backends, a record each: rule, load, run, what to install
     plan.py      the decision, once a gate; what a call still has to ask
     ops.py       the custom ops, safe under torch.compile
+    ranks.py     the ranks of a model take the same backend, or none
+    twin.py      a kernel against the forward that it replaces
+    isolation.py a load meets nothing of its caller's
     jit.py       nvcc: finding it, compiling, the cache
 
 A call goes one way: gate (sglang/srt/models/deepseek_v2_gate.py), plan, op or kernel.
