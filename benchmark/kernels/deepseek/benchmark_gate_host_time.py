@@ -4,9 +4,9 @@
     python3 benchmark_gate_host_time.py --save-path results
 
 Two gates with one weight take turns: SGLang's `MoEGate` as the plugin hooks it, and the same
-with the release's own `forward`. A sample is one call by the host's clock, without waiting for
-the GPU, which is idle when the call begins. No CUDA graph: this is what prefill, batches beyond
-the captured sizes and `--disable-cuda-graph` pay, once for each MoE layer.
+with the release's own `forward`. A sample is one call by the host's clock, 58 in a row as in the
+layers of a forward, without waiting for the GPU. No CUDA graph: this is what prefill, batches
+beyond the captured sizes and `--disable-cuda-graph` pay, once for each MoE layer.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 from router_gemm_benchmark import how_to_call
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 17, 24, 32, 64, 96, 128, 129, 200, 2000)
-CALLS, WARM_UP = 400, 50
+FORWARDS, WARM_UP = 20, 3
 
 
-def measure(num_tokens: Sequence[int], calls: int) -> dict[str, Any]:
+def measure(num_tokens: Sequence[int], forwards: int) -> dict[str, Any]:
     """Median microseconds of the host by M, of both gates.
 
     Raises:
@@ -60,12 +60,12 @@ def measure(num_tokens: Sequence[int], calls: int) -> dict[str, Any]:
                 if not error < 1e-5:
                     raise RuntimeError(f"{name} is off by {error:.1e} at M = {m}")
             samples: dict[str, list[float]] = {name: [] for name in gates}
-            for call in range(calls + WARM_UP):
+            for forward in range(forwards + WARM_UP):
                 # In turn, and the other one first each time.
-                for name in sorted(gates, reverse=call % 2 == 1):
-                    sample = _host_us(gates[name], hidden_states)
-                    if call >= WARM_UP:
-                        samples[name].append(sample)
+                for name in sorted(gates, reverse=forward % 2 == 1):
+                    us = _host_us(gates[name], hidden_states)
+                    if forward >= WARM_UP:
+                        samples[name] += us
             row: dict[str, Any] = {"num_tokens": m}
             for name in gates:
                 low, middle, high = quartiles(samples[name])
@@ -78,20 +78,23 @@ def measure(num_tokens: Sequence[int], calls: int) -> dict[str, Any]:
         "plan": [
             f"M {tokens} {name or 'SGLang'}" for tokens, name in gate.router_plan.decision.ranges()
         ],
-        "calls": calls,
+        "forwards": forwards,
         "rows": rows,
     }
 
 
-def _host_us(gate: Callable[..., Any], hidden_states: Any) -> float:
+def _host_us(gate: Callable[..., Any], hidden_states: Any) -> list[float]:
+    """The calls of one forward, `LINKS` layers; nobody waits for the GPU in between."""
     import torch
+    from router_gemm_benchmark.timing import LINKS
 
     torch.cuda.synchronize()
-    started = time.perf_counter_ns()
-    logits = gate(hidden_states)
-    ended = time.perf_counter_ns()
-    del logits
-    return (ended - started) / 1e3
+    us = []
+    for _ in range(LINKS):
+        started = time.perf_counter_ns()
+        gate(hidden_states)
+        us.append((time.perf_counter_ns() - started) / 1e3)
+    return us
 
 
 def table(results: dict[str, Any]) -> str:
@@ -113,7 +116,7 @@ def table(results: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--num-tokens", type=int, nargs="+", default=NUM_TOKENS, metavar="M")
-    parser.add_argument("--calls", type=int, default=CALLS, help="default: %(default)s")
+    parser.add_argument("--forwards", type=int, default=FORWARDS, help="default: %(default)s")
     parser.add_argument("--save-path", type=Path, metavar="DIR", help="write JSON there")
     arguments = parser.parse_args(argv)
     import torch
@@ -121,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("This needs a CUDA device.", file=sys.stderr)
         return 1
-    results = measure(arguments.num_tokens, arguments.calls)
+    results = measure(arguments.num_tokens, arguments.forwards)
     if arguments.save_path is not None:
         arguments.save_path.mkdir(parents=True, exist_ok=True)
         release = results["versions"]["sglang"]

@@ -128,7 +128,8 @@ def test_ops_are_right_or_name_the_argument(pair: tuple[torch.Tensor, torch.Tens
     rule = BACKENDS["cluster"].rule
     assert rule.takes_layout(*pair) == (fits and dense and aligned)
     assert rule.takes_layout(*pair, addresses=False) == (fits and dense)
-    assert rule.takes(*pair) == (fits and dense and aligned and len(hidden_states) <= 128)
+    bf16 = weight.dtype == torch.bfloat16
+    assert rule.takes(*pair) == (fits and dense and aligned and bf16 and len(hidden_states) <= 128)
     if not fits:
         with pytest.raises(ValueError, match=r"^weight (is|has)"):
             ops._compute(BACKENDS["cluster"], hidden_states, weight)

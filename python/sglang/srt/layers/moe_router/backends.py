@@ -67,15 +67,20 @@ class Rule(NamedTuple):
         return None
 
     def takes(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Whether a call is served, for a weight that is not refused."""
-        return hidden_states.shape[0] in self.num_tokens and self.takes_layout(
-            hidden_states, weight
+        """Whether a call is served, with a weight of a shape that is not refused."""
+        return (
+            hidden_states.shape[0] in self.num_tokens
+            and weight.dtype in self.dtypes
+            and self.takes_layout(hidden_states, weight)
         )
 
     def takes_layout(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, addresses: bool = True
     ) -> bool:
-        """The same for any M. Without `addresses`, where they do not exist yet, also unaligned."""
+        """The same for any M, of a weight of the right dtype.
+
+        Without `addresses`, where they do not exist yet, an unaligned call is taken too.
+        """
         if not fits(hidden_states, weight):
             return False
         # FlashInfer < 0.7 does not check row strides.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-_NO_TOKENS = range(0)
+_NO_TOKENS, _EVERY_M = range(0), range(2**63)
 
 
 # ---- The decision ------------------------------------------------------------------------------
@@ -164,20 +164,17 @@ class Plan:
     run: Run | None
     """The kernel itself, for a plain eager call. None where no backend serves."""
     pdl: bool
+    looked_at: range = field(init=False)
+    """The M that a call is looked at for. `auto` leaves every other to SGLang at once."""
+
+    def __post_init__(self) -> None:
+        quick = self.requested == AUTO and self.decision.backend is not None
+        object.__setattr__(self, "looked_at", self.decision.num_tokens if quick else _EVERY_M)
 
     @property
     def is_final(self) -> bool:
         """Whether another weight would be left to SGLang as well: the gate itself is not ours."""
         return self.decision.backend is None and self.decision.unavailable
-
-    def leaves(self, num_tokens: int) -> bool:
-        """Whether `auto` leaves this M to SGLang, whatever else the call is."""
-        decision = self.decision
-        return (
-            num_tokens not in decision.num_tokens
-            and decision.backend is not None
-            and self.requested == AUTO
-        )
 
     def is_for(self, weight: torch.Tensor) -> bool:
         """Whether it was made for such a weight. A gate's weight may be replaced."""
