@@ -230,8 +230,22 @@ def _assigned(node: cst.CSTNode) -> str | None:
 def _package(checkout: Path) -> str:
     for package in ("python/sglang", "sglang"):  # the repository's layout, and the sdist's
         if (checkout / package / MODEL).is_file():
+            _check_root(checkout, f"{package}/{MODEL}")
             return package
     raise ExportError(f"{checkout} is not SGLang's source tree: it has no python/sglang/{MODEL}")
+
+
+def _check_root(checkout: Path, file: str) -> None:
+    """What can be put back: the root of a repository, or of an unpacked sdist."""
+    if any(checkout.glob("sglang-*.dist-info")):
+        raise ExportError(f"{checkout} is where SGLang is installed, must be a source checkout")
+    if not _is_git(checkout):
+        try:
+            _git(checkout, "ls-files", "--error-unmatch", file)
+        except (ExportError, OSError):
+            return  # no repository has it
+        root = _git(checkout, "rev-parse", "--show-toplevel").strip()
+        raise ExportError(f"{checkout} is a folder of a checkout, must be its root {root}")
 
 
 def _new_files(package: str) -> dict[str, str]:

@@ -159,9 +159,11 @@ def test_check_and_diff_change_nothing_and_the_diff_is_the_export(
     assert contents(checkout) == applied
 
 
-def test_an_unpacked_sdist(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unpacked_sdist(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its root is the repository's folder `python`, and git does not know it."""
-    sdist = checkout / "python"
+    sdist = shutil.copytree(checkout / "python", tmp_path / "sglang-0.5.23")
     assert main(["export", str(sdist)]) == 0
     assert (sdist / "sglang/srt/models/deepseek_v2_gate.py").is_file()
     assert "sglang/srt/models/deepseek_v2.py " in capsys.readouterr().out
@@ -194,6 +196,29 @@ def test_a_change_beside_the_export_is_dirt(
     with (checkout / "python/sglang" / ENVIRON).open("a") as changed:
         changed.write("# changed\n")
     assert "is dirty" in refused(capsys, checkout)
+
+
+def test_a_folder_below_the_root_is_refused(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would pass for an unpacked sdist, which has no commit to compare with."""
+    before = contents(checkout)
+    said = refused(capsys, checkout / "python")
+    assert said == f"{checkout / 'python'} is a folder of a checkout, must be its root {checkout}"
+    assert contents(checkout) == before
+
+
+def test_an_installed_sglang_is_refused(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "site-packages"
+    shutil.copytree(checkout / "python/sglang", site / "sglang")
+    (site / "sglang-0.5.23.dist-info").mkdir()
+    before = contents(site)
+    assert (
+        refused(capsys, site) == f"{site} is where SGLang is installed, must be a source checkout"
+    )
+    assert contents(site) == before
 
 
 def test_a_tree_that_is_not_sglang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
