@@ -110,6 +110,13 @@ def test_it_is_built_once_and_loaded(cache: Path) -> None:
     assert not list(library.parent.glob("module.*.so"))
 
 
+def test_the_rule_and_the_kernel_have_one_largest_m(built: Path) -> None:
+    rule = backends.BACKENDS["cluster"].rule
+    module = jit.load(SPEC)
+    assert list(module.largest_num_tokens())[-1] == rule.num_tokens[-1]
+    assert cluster.num_tokens_to_check(module) == [1, 8, 9, 16, 17, 128]
+
+
 def test_the_key_is_what_the_binary_depends_on(tmp_path: Path) -> None:
     keys = {
         cluster.spec(n, k, sm).key() for n in (256, 384) for k in (512, 7168) for sm in (90, 100)

@@ -16,10 +16,15 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from sglang.srt.layers.moe_router import cluster_router_gemm, flashinfer_router_gemm, jit
+from sglang.srt.layers.moe_router import (
+    cluster_router_gemm,
+    flashinfer_router_gemm,
+    jit,
+    sgl_kernel_router_gemm,
+)
 from sglang.srt.layers.moe_router.isolation import LimitExceededError, run_isolated
 from sglang.srt.layers.moe_router.kernel import Loaded, Run, Target, empty_logits
-from sglang.srt.layers.moe_router.packages import find_function, first_line
+from sglang.srt.layers.moe_router.packages import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -258,31 +263,6 @@ def _on_its_device(run: Run) -> Run:
     return guarded
 
 
-# ---- sgl_kernel and torch ----------------------------------------------------------------------
-
-_SGL_KERNEL = ("sgl_kernel", "dsv3_router_gemm", "sglang-kernel")
-
-
-def _sgl_kernel_missing(sm: int | None) -> str | None:
-    kernel, reason = find_function(*_SGL_KERNEL)
-    return None if kernel is not None else reason
-
-
-def _load_sgl_kernel(target: Target) -> Loaded:
-    kernel, reason = find_function(*_SGL_KERNEL)
-    if kernel is None:
-        raise RuntimeError(reason)
-
-    def run(
-        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
-    ) -> torch.Tensor:
-        # It allocates by itself, and reads TRTLLM_ENABLE_PDL for PDL.
-        found: torch.Tensor = kernel(hidden_states, weight, out_dtype=torch.float32)
-        return found
-
-    return run, range(1, 17)
-
-
 def matmul_fp32(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
@@ -363,8 +343,8 @@ BACKENDS: Mapping[str, Backend] = {
                 num_tokens=range(1, 17),
                 dtypes=_BF16,
             ),
-            missing=_sgl_kernel_missing,
-            load=_load_sgl_kernel,
+            missing=sgl_kernel_router_gemm.missing,
+            load=sgl_kernel_router_gemm.load,
             hint="pip install 'sglang-kernel<=0.4.4'",
             op="sgl_kernel_dsv3_router_gemm",
             pdl="always",

@@ -201,38 +201,22 @@ class Plan:
         backend = self.decision.backend
         if backend is None:
             return None
-        if torch.compiler.is_compiling():
-            return self._traced_logits(backend, hidden_states, weight, forward_batch)
-        if hidden_states.shape[0] in self.decision.num_tokens and not _is_context_parallel(
-            forward_batch
+        compiling, num_tokens = torch.compiler.is_compiling(), hidden_states.shape[0]
+        # In a trace M may be symbolic: the op looks at it when it runs.
+        is_open = compiling and not has_static_value(num_tokens)
+        served = is_open or num_tokens in self.decision.num_tokens
+        plain = not compiling and _is_plain_eager(hidden_states)
+        if (
+            served
+            and not _is_context_parallel(forward_batch)
+            and backend.rule.takes_layout(hidden_states, weight, addresses=plain)
         ):
-            if not _is_plain_eager(hidden_states):
-                if backend.rule.takes_layout(hidden_states, weight, addresses=False):
-                    return router_gemm(backend, hidden_states, weight)
-            elif backend.rule.takes_layout(hidden_states, weight):
-                assert self.run is not None
-                logits = empty_logits(hidden_states, weight)
-                return self.run(hidden_states, weight, logits, self.pdl)
-        if self.requested != AUTO:
-            self._warn_once(hidden_states, weight, forward_batch)
+            if not plain or self.run is None:
+                return router_gemm(backend, hidden_states, weight)
+            return self.run(hidden_states, weight, empty_logits(hidden_states, weight), self.pdl)
+        if not compiling and self.requested != AUTO:
+            _warn_once(self.requested, *self.why_not(hidden_states, weight, forward_batch))
         return None
-
-    def _traced_logits(
-        self,
-        backend: Backend,
-        hidden_states: torch.Tensor,
-        weight: torch.Tensor,
-        forward_batch: ForwardBatch | None,
-    ) -> torch.Tensor | None:
-        """The same in a trace, where M may be symbolic: the op looks at it when it runs."""
-        num_tokens = hidden_states.shape[0]
-        if has_static_value(num_tokens) and num_tokens not in self.decision.num_tokens:
-            return None
-        if _is_context_parallel(forward_batch):
-            return None
-        if not backend.rule.takes_layout(hidden_states, weight, addresses=False):
-            return None
-        return router_gemm(backend, hidden_states, weight)
 
     def why_not(
         self,
@@ -256,14 +240,6 @@ class Plan:
         if not (hidden_states.is_contiguous() and weight.is_contiguous()):
             return "layout", "hidden_states and weight must be dense and row-major"
         return "alignment", f"tensors must start at a multiple of {ALIGNMENT_BYTES} bytes"
-
-    def _warn_once(
-        self,
-        hidden_states: torch.Tensor,
-        weight: torch.Tensor,
-        forward_batch: ForwardBatch | None,
-    ) -> None:
-        _warn_once(self.requested, *self.why_not(hidden_states, weight, forward_batch))
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # a copied gate has the same kernel

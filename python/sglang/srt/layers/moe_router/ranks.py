@@ -58,11 +58,15 @@ class Round:
             reason: why none, as a phrase.
 
         Returns:
-            Why no rank may take a backend, as a phrase that names the rank; None if all agree.
+            Why no rank may take a backend, as a phrase that names the rank; None if all agree, or
+            this one has none anyway.
         """
         if len(self._ranks) < 2:
             return None
         self._say("answer", [backend, reason])
+        if backend is None:  # whatever the others have: nobody is waited for
+            self._say("verdict", f"rank {self._rank} takes none: {reason}")
+            return None
         verdict = self._compare(backend)
         self._say("verdict", verdict)
         if verdict is not None:
@@ -74,7 +78,7 @@ class Round:
             verdict = verdict or self._heard("verdict", rank)
         return verdict
 
-    def _compare(self, backend: str | None) -> str | None:
+    def _compare(self, backend: str) -> str | None:
         for rank in self._others():
             if not self._came(rank):
                 return (
