@@ -67,6 +67,8 @@ def test_both_from_wheels(sglang_from_wheel: Environment, wheel: Path, tmp_path:
         "plan": str(ours / "layers" / "moe_router" / "plan.py"),
     }
     assert (ours / "layers/moe_router/csrc/cluster_router_gemm.cu").is_file()
+    # What `bench` measures with.
+    assert (site / "sglang_router_gemm/router_gemm_benchmark/timing.py").is_file()
 
 
 def test_sglang_from_a_wheel_and_this_editable(
