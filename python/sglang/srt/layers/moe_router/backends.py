@@ -186,7 +186,8 @@ def load_kernel(backend: Backend, target: Target) -> Run | str:
     if key in _loaded:
         return _loaded[key]
     name = f"{backend.kernel} [{target.num_experts}, {target.hidden_size}]"
-    logger.info("Router GEMM: loading %s; the first start builds it with nvcc.", name)
+    compiled = "" if backend.build is None else "; the first start builds it with nvcc"
+    logger.info("Router GEMM: loading %s%s.", name, compiled)
     started = time.perf_counter()
     given_up = threading.Event()
     try:
