@@ -10,10 +10,11 @@ import torch
 from tabulate import tabulate
 
 from sglang.srt.layers.moe_router.environ import requested_backend
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
 from sglang.srt.plugins import load_plugins
 from sglang_router_gemm.routing import relative_error
 
-NUM_EXPERTS, HIDDEN_SIZE = 256, 7168
+NUM_EXPERTS, HIDDEN_SIZE = DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size
 NUM_TOKENS = range(1, 65)
 
 # The relative error that rounding explains: of cuBLAS's fp32 accumulation on tensor

@@ -70,23 +70,28 @@ def publish_server_args() -> Iterator[Callable[..., None]]:
     publish()
 
 
+def run_code(code: str, python: str, environment: dict[str, str], cwd: str | Path | None) -> str:
+    """Runs code in a fresh interpreter, which must exit with 0; returns its stdout and stderr."""
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", code],
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 @pytest.fixture
 def run_python() -> Callable[..., str]:
     """Runs code in a fresh interpreter and returns its stdout and stderr."""
 
     def run(code: str, python: str = sys.executable, cwd: str | None = None, **env: str) -> str:
-        done = subprocess.run(
-            [python, "-W", "ignore", "-c", code],
-            env=_environment(env),
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        return run_code(code, python, _environment(env), cwd)
 
     return run
 

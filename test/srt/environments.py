@@ -11,6 +11,8 @@ import sysconfig
 from importlib.metadata import distribution
 from pathlib import Path
 
+from conftest import run_code
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,18 +39,8 @@ class Environment:
 
     def run(self, code: str, cwd: Path) -> str:
         """Runs code in a fresh interpreter and returns its stdout and stderr."""
-        done = subprocess.run(
-            [self.python, "-W", "ignore", "-c", code],
-            cwd=cwd,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return run_code(code, str(self.python), clean, cwd)
 
 
 def build_wheel(folder: Path) -> Path:

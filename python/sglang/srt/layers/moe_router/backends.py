@@ -23,7 +23,13 @@ from sglang.srt.layers.moe_router import (
     sgl_kernel_router_gemm,
 )
 from sglang.srt.layers.moe_router.isolation import LimitExceededError, run_isolated
-from sglang.srt.layers.moe_router.kernel import Loaded, Run, Target, empty_logits
+from sglang.srt.layers.moe_router.kernel import (
+    Loaded,
+    Run,
+    Target,
+    empty_logits,
+    relative_error,
+)
 from sglang.srt.layers.moe_router.packages import first_line
 
 logger = logging.getLogger(__name__)
@@ -239,9 +245,8 @@ def _load_checked(backend: Backend, target: Target, given_up: threading.Event) -
         if given_up.is_set():  # the GPU may be in a graph capture by now
             raise LimitExceededError("nobody waits for it any longer")
         logits = empty_logits(hidden_states[:num_tokens], weight).fill_(torch.nan)
-        found = run(hidden_states[:num_tokens], weight, logits, False).cpu().double()
-        wrong = found - expected[:num_tokens]
-        error = float(wrong.norm() / expected[:num_tokens].norm())
+        found = run(hidden_states[:num_tokens], weight, logits, False)
+        error = relative_error(found, expected[:num_tokens])
         if not error <= _MAX_RELATIVE_ERROR:
             raise WrongNumbersError(
                 f"it is off by {error:.1e} at M = {num_tokens}, must be within "

@@ -318,10 +318,11 @@ def _sealed(library: bytes) -> bytes:
 def _is_whole(library: Path) -> bool:
     """Whether it is what the compiler wrote: a cut-off library may crash the process."""
     try:
-        content, _, _ = library.read_bytes().rpartition(_SEAL)
-        return library.read_bytes() == _sealed(content)
+        written = library.read_bytes()
     except FileNotFoundError:
         return False
+    content, _, _ = written.rpartition(_SEAL)
+    return written == _sealed(content)
 
 
 def _sealed_digest(library: Path) -> bytes:

@@ -40,3 +40,9 @@ def empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     """fp32 `[M, N]`, not written, where `hidden_states` is."""
     # The dtype is said: while a model loads, SGLang's default dtype is the model's.
     return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖logits - expected‖ / ‖expected‖, in fp64 on the CPU; NaN where a value is not finite."""
+    expected = expected.cpu().double()
+    return float((logits.cpu().double() - expected).norm() / expected.norm())

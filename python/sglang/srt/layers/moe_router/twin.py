@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from sglang.srt.layers.moe_router.kernel import Run, Target, empty_logits
+from sglang.srt.layers.moe_router.kernel import Run, Target, empty_logits, relative_error
 
 # So many that SGLang's own path is cuBLAS in every release: up to 16 it may compile a kernel.
 NUM_TOKENS = 32
@@ -44,7 +44,7 @@ def find_difference(
     """
     twin = copy.copy(gate)
     twin.__dict__["_parameters"] = {
-        name: _random_like(parameter, target.device) for name, parameter in _parameters(gate)
+        name: _random_like(parameter, target.device) for name, parameter in gate._parameters.items()
     }
     weight = twin.weight
     shape = (NUM_TOKENS, target.hidden_size)
@@ -59,7 +59,7 @@ def find_difference(
     theirs = own_forward(twin, hidden_states)
     if theirs.shape != ours.shape:
         return f"SGLang's own gate gives {list(theirs.shape)}, must give {list(ours.shape)}"
-    difference = _difference(ours, theirs)
+    difference = relative_error(ours, theirs)
     exact = theirs.dtype == torch.float32
     allowed = _MAX_DIFFERENCE_FP32 if exact else torch.finfo(theirs.dtype).eps
     if not difference <= allowed:
@@ -68,10 +68,6 @@ def find_difference(
             f"{difference:.1e}, must be within {allowed:.0e}"
         )
     return None
-
-
-def _parameters(gate: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
-    return list(gate._parameters.items())
 
 
 def _random_like(parameter: nn.Parameter | None, device: torch.device) -> nn.Parameter | None:
@@ -88,9 +84,3 @@ def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
     generator = torch.Generator("cpu").manual_seed(1)
     random = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     return random.to(device, dtype)
-
-
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """‖ours - theirs‖ / ‖theirs‖, in fp64 on the CPU."""
-    expected = theirs.cpu().double()
-    return float((ours.cpu().double() - expected).norm() / expected.norm())
