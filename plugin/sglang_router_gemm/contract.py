@@ -70,6 +70,83 @@ def examine(package: Path) -> Contract:
     )
 
 
+_TOPK = "srt/layers/moe/topk.py"
+_ALIGN = "srt/layers/moe/moe_runner/triton_utils/moe_align_block_size.py"
+_RECORDER = "srt/eplb/expert_distribution.py"
+
+# The arguments that the patch gives to SGLang's functions, or takes in their place.
+_TOPK_FUNCTIONS = {
+    "select_experts": (
+        "hidden_states, router_logits, topk_config, layer_id, num_token_non_padded, "
+        "expert_location_dispatch_info"
+    ),
+    "_post_process_topk_ids": (
+        "topk_ids, topk_weights, topk_config, router_logits, layer_id, num_token_non_padded, "
+        "expert_location_dispatch_info"
+    ),
+    "capture_routed_experts_if_allowed": "topk_config, layer_id, topk_ids",
+}
+_TOPK_CONFIG = {
+    "top_k",
+    "use_grouped_topk",
+    "topk_group",
+    "num_expert_group",
+    "renormalize",
+    "correction_bias",
+    "routed_scaling_factor",
+    "apply_routed_scaling_factor_on_output",
+    "scoring_func",
+    "allow_routed_experts_capture",
+}
+
+
+def examine_routing(package: Path) -> str | None:
+    """Why the patch does not fit SGLang's top-k and alignment, in one phrase; None if it does.
+
+    Args:
+        package: the folder `sglang`, which has `srt` in it.
+    """
+    try:
+        topk = _parse(package, _TOPK)
+        for name, arguments in _TOPK_FUNCTIONS.items():
+            _check_arguments(_function(topk.body, f"sglang/{_TOPK}", name), arguments)
+        config = _class(topk, _TOPK, "TopKConfig")
+        _check_names(config, _TOPK_CONFIG)
+        if not _names(config) & {"num_fused_shared_experts", "num_shared_topk_slots"}:
+            raise _BrokenError("TopKConfig does not say how many shared experts are fused")
+        _check_names(
+            _class(topk, _TOPK, "StandardTopKOutput"),
+            {"topk_weights", "topk_ids", "router_logits"},
+        )
+        if "get_global_expert_distribution_recorder" not in ast.unparse(topk):
+            raise _BrokenError("the top-k does not ask for a recorder")
+        align = _parse(package, _ALIGN)
+        _check_arguments(
+            _function(align.body, f"sglang/{_ALIGN}", "moe_align_block_size"),
+            "topk_ids, block_size, num_experts",
+        )
+        recorder = _class(_parse(package, _RECORDER), _RECORDER, "ExpertDistributionRecorder")
+        _check_names(recorder, {"on_select_experts"})
+    except _BrokenError as broken:
+        return str(broken)
+    return None
+
+
+def _check_arguments(function: ast.FunctionDef, first: str) -> None:
+    """Whether a function takes these arguments first, and others only if it need not get them."""
+    args = function.args
+    taken = [each.arg for each in (*args.args, *args.kwonlyargs)]
+    needed = first.split(", ")
+    if taken[: len(needed)] != needed:
+        raise _BrokenError(f"{function.name} takes {', '.join(taken)}, must take {first} first")
+    positional = args.args[: len(args.args) - len(args.defaults)]
+    keywords = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    required = [each.arg for each in positional] + [k.arg for k, value in keywords if value is None]
+    others = [name for name in required if name not in needed]
+    if others:
+        raise _BrokenError(f"{function.name} must be given {', '.join(others)}")
+
+
 def _check_gate(gate: ast.ClassDef) -> str:
     where = f"{gate.name}.__init__"
     init = _function(gate.body, gate.name, "__init__")
@@ -120,14 +197,19 @@ def _check_environ(module: ast.Module) -> None:
     _check_names(_class(module, _ENVIRON, "EnvField"), {"__init__", "__set_name__", "parse"})
 
 
-def _check_names(scope: ast.ClassDef, names: set[str]) -> None:
+def _names(scope: ast.ClassDef) -> set[str]:
+    """What a class defines: functions, and names with a value or a type."""
     found = {node.name for node in scope.body if isinstance(node, ast.FunctionDef)}
-    found |= {
-        ast.unparse(target)
-        for node in scope.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-    }
+    for node in scope.body:
+        if isinstance(node, ast.Assign):
+            found |= {ast.unparse(target) for target in node.targets}
+        elif isinstance(node, ast.AnnAssign):
+            found.add(ast.unparse(node.target))
+    return found
+
+
+def _check_names(scope: ast.ClassDef, names: set[str]) -> None:
+    found = _names(scope)
     if not names <= found:
         raise _BrokenError(f"{scope.name} has no {', '.join(sorted(names - found))}")
 

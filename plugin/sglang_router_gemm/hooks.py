@@ -1,15 +1,16 @@
-"""Puts the gate's plan in front of `MoEGate.forward`, once SGLang's model is imported.
+"""Puts our plans in front of SGLang's gate, its top-k and its alignment, once they are imported.
 
-Not through SGLang's HookRegistry, for two reasons. It imports the model in every process
-that loads plugins, and most of them never build one. And our forward must lie below every
-other plugin's hook, whatever the order in which they register: HookRegistry applies its
-hooks to a class that is imported, and by then ours is part of it.
+Not through SGLang's HookRegistry, for two reasons. It imports what it hooks in every process
+that loads plugins, and most of them never build a model. And ours must lie below every other
+plugin's hooks, whatever the order in which they register: HookRegistry applies its hooks to
+what is imported, and by then ours is part of it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,31 +19,44 @@ from typing import Any
 import torch
 import wrapt
 
-from sglang_router_gemm.contract import GATE_CLASS, examine
+from sglang_router_gemm.contract import GATE_CLASS, examine, examine_routing
 
 logger = logging.getLogger(__name__)
 
 MODEL = "sglang.srt.models.deepseek_v2"
+TOPK = "sglang.srt.layers.moe.topk"
+ALIGN = "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
 
 
 def register() -> None:
-    """Patches the model when it is imported, or now, where it is."""
-    wrapt.register_post_import_hook(patch, MODEL)
+    """Patches each of SGLang's modules when it is imported, or now, where it is."""
+    for name, patch in PATCHES.items():
+        wrapt.register_post_import_hook(functools.partial(_guarded, patch), name)
 
 
-def patch(model: ModuleType) -> None:
-    """Hooks `model`'s gate, where it is as the patch needs it. It never raises."""
+def _guarded(patch: Callable[[ModuleType], None], module: ModuleType) -> None:
     try:
-        _patch(model)
+        patch(module)
     except Exception:  # SGLang must go on
         logger.warning(
-            "Router GEMM: the gate cannot be hooked, SGLang's own serves instead.", exc_info=True
+            "Router GEMM: %s cannot be hooked, SGLang's own serves instead.",
+            module.__name__,
+            exc_info=True,
         )
 
 
-def _patch(model: ModuleType) -> None:
-    assert model.__file__ is not None
-    contract = examine(Path(model.__file__).parents[2])
+def _package(module: ModuleType) -> Path:
+    """The folder `sglang` that a module of SGLang lies in."""
+    assert module.__file__ is not None
+    return Path(module.__file__).parents[module.__name__.count(".") - 1]
+
+
+# ---- The gate ----------------------------------------------------------------------------------
+
+
+def patch_gate(model: ModuleType) -> None:
+    """Hooks the model's gate, where it is as the patch needs it."""
+    contract = examine(_package(model))
     if contract.problem is not None:
         logger.warning(
             "Router GEMM: this SGLang does not fit, its own gate serves instead: %s.",
@@ -102,3 +116,58 @@ def _hook(gate_class: Any) -> None:
 
     gate_class.router_plan = None  # of a gate that was built by other means
     gate_class.__init__, gate_class.forward = init, forward
+
+
+# ---- The routing behind it ---------------------------------------------------------------------
+
+
+def patch_topk(topk: Any) -> None:
+    """Hooks the top-k: each layer gets a plan when it is built, and `select_experts` asks it."""
+    problem = examine_routing(_package(topk))
+    if problem is not None:
+        logger.warning(
+            "Router GEMM: this SGLang does not fit, its own top-k serves instead: %s.", problem
+        )
+        return
+    from sglang.srt.layers.moe_router import route
+
+    own_select: Callable[..., Any] = topk.select_experts
+    own_init: Callable[..., None] = topk.TopK.__init__
+
+    @functools.wraps(own_init)
+    def init(layer: Any, *args: Any, **kwargs: Any) -> None:
+        own_init(layer, *args, **kwargs)
+        try:
+            layer.topk_config.route_plan = route.make_route_plan(layer.topk_config, own_select)
+        except Exception:  # a config that is not as expected: SGLang must go on
+            logger.warning(
+                "Router GEMM: a top-k cannot be planned, SGLang's own serves it.", exc_info=True
+            )
+
+    topk.TopK.__init__ = init
+    _replace(topk, "select_experts", functools.partial(route.select_experts, own_select, topk))
+
+
+def patch_align(module: Any) -> None:
+    """Hooks the alignment: ids that come with a plan of their experts need no other."""
+    if examine_routing(_package(module)) is not None:
+        return  # said where the top-k is hooked
+    if getattr(module, "_SGLANG_EXPERIMENTAL_LORA_OPTI", False):
+        return  # it aligns for LoRA in a way of its own
+    from sglang.srt.layers.moe_router import route
+
+    own_align: Callable[..., Any] = module.moe_align_block_size
+    wrapper = functools.partial(route.moe_align_block_size, own_align)
+    _replace(module, "moe_align_block_size", wrapper)
+
+
+def _replace(module: ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
+    """Puts a wrapper in a function's place, also where a module has imported it by name."""
+    own = getattr(module, name)
+    function = functools.wraps(own)(wrapper)
+    for each in list(sys.modules.values()):
+        if vars(each).get(name) is own:
+            setattr(each, name, function)
+
+
+PATCHES = {MODEL: patch_gate, TOPK: patch_topk, ALIGN: patch_align}

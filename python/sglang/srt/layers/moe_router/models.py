@@ -16,17 +16,29 @@ class Auto(NamedTuple):
     num_tokens: range
 
 
+class Route(NamedTuple):
+    """How a model chooses among its experts: `n_group`, `topk_group` and `num_experts_per_tok`."""
+
+    num_groups: int
+    top_groups: int
+    top_k: int
+    auto: tuple[int, ...] = ()
+    """The SMs where `auto` takes `cluster_route`."""
+
+
 class Model(NamedTuple):
     """One model's gate.
 
     `num_experts` and `hidden_size` are N and K: `n_routed_experts` and `hidden_size` in its
     config.json. `auto` is by SM, 10 * major + minor; every other SM is left to SGLang.
+    `route` is None where `cluster_route` does not take the model's.
     """
 
     name: str
     num_experts: int
     hidden_size: int
     auto: Mapping[int, Auto]
+    route: Route | None = None
 
 
 # SGLang PRs 17707 (SM 100) and 23285 (SM 103); not measured by this project.
@@ -39,10 +51,11 @@ MODELS: tuple[Model, ...] = (
         256,
         7168,
         {90: Auto("cluster", range(1, 129)), 100: _BLACKWELL, 103: _BLACKWELL},
+        Route(8, 4, 8, auto=(90,)),
     ),
-    Model("Kimi-K2", 384, 7168, {90: Auto("cluster", range(1, 17))}),
+    Model("Kimi-K2", 384, 7168, {90: Auto("cluster", range(1, 17))}, Route(1, 1, 8)),
     Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),
-    Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}),
+    Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}, Route(1, 1, 8)),
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
 )
 
@@ -54,4 +67,15 @@ def find_model(num_experts: int, hidden_size: int) -> Model | None:
     for model in MODELS:
         if (model.num_experts, model.hidden_size) == (num_experts, hidden_size):
             return model
+    return None
+
+
+def find_route(num_experts: int, num_groups: int, top_groups: int, top_k: int) -> Route | None:
+    """The row of this routing, None where the table has none."""
+    for model in MODELS:
+        route = model.route
+        if route is None or model.num_experts != num_experts:
+            continue
+        if route[:3] == (num_groups, top_groups, top_k):
+            return route
     return None

@@ -205,7 +205,7 @@ class Plan:
         # In a trace M may be symbolic: the op looks at it when it runs.
         is_open = compiling and not has_static_value(num_tokens)
         served = is_open or num_tokens in self.decision.num_tokens
-        plain = not compiling and _is_plain_eager(hidden_states)
+        plain = not compiling and is_plain_eager(hidden_states)
         if (
             served
             and not _is_context_parallel(forward_batch)
@@ -261,17 +261,17 @@ _profiling = torch._C._autograd._profiler_enabled
 _grad_enabled = torch.is_grad_enabled
 
 
-def _is_plain_eager(hidden_states: torch.Tensor) -> bool:
-    """Whether the kernel may be called without the dispatcher, which takes the host 10 µs.
+def is_plain_eager(hidden_states: torch.Tensor, profiled: bool = False) -> bool:
+    """Whether a kernel may be called without the dispatcher, which takes the host 10 µs.
 
-    It may not where somebody wants to see the op: a mode, a transform, the profiler,
-    autograd, a subclass of Tensor.
+    It may not where somebody wants to see the op: a mode, a transform, autograd, a subclass of
+    Tensor; the profiler, unless `profiled` says that there is no op to see.
     """
     return not (
         _grad_enabled()
         or _dispatch_modes()
         or _function_modes()
-        or _profiling()
+        or (not profiled and _profiling())
         or _transforms() is not None
         or type(hidden_states) is not torch.Tensor
     )

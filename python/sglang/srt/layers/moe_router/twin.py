@@ -42,13 +42,16 @@ def find_difference(
     Raises:
         Exception: whatever a gate raises that is not as expected.
     """
+    # Of its own, on the CPU: the global ones seed dummy weights and sampling.
+    generator = torch.Generator("cpu").manual_seed(1)
     twin = copy.copy(gate)
     twin.__dict__["_parameters"] = {
-        name: _random_like(parameter, target.device) for name, parameter in gate._parameters.items()
+        name: _random_like(parameter, target.device, generator)
+        for name, parameter in gate._parameters.items()
     }
     weight = twin.weight
     shape = (NUM_TOKENS, target.hidden_size)
-    hidden_states = _random(shape, target.device, dtype)
+    hidden_states = _random(shape, target.device, dtype, generator)
     rows = min(NUM_TOKENS, num_tokens[-1])
     ours = torch.cat(
         [
@@ -70,17 +73,19 @@ def find_difference(
     return None
 
 
-def _random_like(parameter: nn.Parameter | None, device: torch.device) -> nn.Parameter | None:
+def _random_like(
+    parameter: nn.Parameter | None, device: torch.device, generator: torch.Generator
+) -> nn.Parameter | None:
     if parameter is None or not parameter.dtype.is_floating_point:
         return parameter
     # Large enough that whatever a gate does with another parameter shows.
-    random = _random(tuple(parameter.shape), device, parameter.dtype)
+    random = _random(tuple(parameter.shape), device, parameter.dtype, generator)
     scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
     return nn.Parameter(random * scale, requires_grad=False)
 
 
-def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Of a generator of its own, on the CPU: the global ones seed dummy weights and sampling."""
-    generator = torch.Generator("cpu").manual_seed(1)
+def _random(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
     random = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     return random.to(device, dtype)

@@ -1,11 +1,10 @@
 // cluster_router_gemm.cuh for one N and K, as a TVM FFI function.
 #include <tvm/ffi/container/array.h>
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
 
+#include "checks.cuh"
 #include "cluster_router_gemm.cuh"
 
 #if !defined(ROUTER_GEMM_NUM_EXPERTS) || !defined(ROUTER_GEMM_HIDDEN_SIZE)
@@ -14,10 +13,9 @@
 
 namespace router_gemm {
 
-using tvm::ffi::TensorView;
-
 constexpr int kNumExperts = ROUTER_GEMM_NUM_EXPERTS, kHiddenSize = ROUTER_GEMM_HIDDEN_SIZE;
 constexpr int kMaxTokens = 128;
+constexpr const char* kName = "cluster_router_gemm";
 
 // A wide tile has fewer CTAs read each token; with N below 256 it would leave too few of them to
 // keep the memory busy.
@@ -30,40 +28,18 @@ using Some = ShapeOf<16, false>;
 using Many = ShapeOf<16, true>;
 static_assert(Many::shared_bytes(kMaxTokens) <= 99 * 1024, "all that a CTA may have on SM 120");
 
-void check(bool condition, const char* argument, const char* must) {
-  if (!condition) {
-    TVM_FFI_THROW(ValueError) << argument << " must be " << must;
-  }
-}
-
-void check_matrix(const TensorView& matrix, const char* argument, DLDataType dtype) {
-  check(matrix.device().device_type == kDLCUDA, argument, "on a CUDA device");
-  check(matrix.ndim() == 2, argument, "a matrix");
-  check(matrix.dtype() == dtype, argument, dtype.code == kDLBfloat ? "bfloat16" : "float32");
-  // As in PyTorch, a matrix without elements is contiguous whatever its strides are.
-  check(matrix.numel() == 0 || matrix.IsContiguous(), argument, "contiguous");
-  check(reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0, argument, "16-byte aligned");
-}
-
-void throw_if(cudaError_t error) {
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // cleared, or PyTorch would report it for a call of its own
-    TVM_FFI_THROW(RuntimeError) << "cluster_router_gemm: " << cudaGetErrorString(error);
-  }
-}
-
 // Loads the kernels on a device. Once for each, before the first `run` there.
 void prepare(int64_t device) {
   const tvm::ffi::CUDADeviceGuard guard(static_cast<int>(device));
-  throw_if(allow_shared_memory<Few>(Few::kTokens));
-  throw_if(allow_shared_memory<Some>(Some::kTokens));
-  throw_if(allow_shared_memory<Many>(kMaxTokens));
+  throw_if(allow_shared_memory<Few>(Few::kTokens), kName);
+  throw_if(allow_shared_memory<Some>(Some::kTokens), kName);
+  throw_if(allow_shared_memory<Many>(kMaxTokens), kName);
 }
 
 void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pdl) {
-  check_matrix(hidden_states, "hidden_states", DLDataType{kDLBfloat, 16, 1});
-  check_matrix(weight, "weight", DLDataType{kDLBfloat, 16, 1});
-  check_matrix(logits, "logits", DLDataType{kDLFloat, 32, 1});
+  check_tensor(hidden_states, "hidden_states", 2, kBfloat16);
+  check_tensor(weight, "weight", 2, kBfloat16);
+  check_tensor(logits, "logits", 2, kFloat32);
   const int64_t num_tokens = hidden_states.size(0);
   if (num_tokens > kMaxTokens) {
     TVM_FFI_THROW(ValueError) << "num_tokens is " << num_tokens << ", must be " << kMaxTokens
@@ -76,8 +52,8 @@ void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pd
       "[N, K] of the N and K it was built for");
   check(logits.size(0) == num_tokens && logits.size(1) == kNumExperts, "logits", "[M, N]");
   const DLDevice device = hidden_states.device();
-  check(weight.device().device_id == device.device_id, "weight", "on hidden_states' device");
-  check(logits.device().device_id == device.device_id, "logits", "on hidden_states' device");
+  check_same_device(weight, "weight", hidden_states, "on hidden_states' device");
+  check_same_device(logits, "logits", hidden_states, "on hidden_states' device");
   if (num_tokens == 0) {
     return;
   }
@@ -87,13 +63,14 @@ void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pd
   const auto launch_on = num_tokens <= Few::kTokens    ? &launch<Few>
                          : num_tokens <= Some::kTokens ? &launch<Some>
                                                        : &launch<Many>;
-  throw_if(launch_on(
+  const cudaError_t error = launch_on(
       hidden_states.data_ptr(),
       weight.data_ptr(),
       static_cast<float*>(logits.data_ptr()),
       static_cast<int>(num_tokens),
       pdl,
-      stream));
+      stream);
+  throw_if(error, kName);
 }
 
 // The largest M of each kernel: whoever loads the module runs each of them once.
