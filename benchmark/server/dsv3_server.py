@@ -26,7 +26,7 @@ import _setup  # noqa: F401
 import requests
 import torch
 from router_gemm_benchmark.report import driver_version, versions
-from router_gemm_benchmark.timing import DEEPSEEK_V3_DENSE_LAYERS
+from router_gemm_benchmark.timing import DEEPSEEK_V3_DENSE_LAYERS, DEEPSEEK_V3_LAYERS
 
 from sglang.srt.layers.moe_router.backends import BACKENDS
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
@@ -70,8 +70,12 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def graph_options(batch_sizes: Sequence[int]) -> list[str]:
     """Captures these batch sizes, in ascending order, and serves no larger one."""
+    from sglang.srt.server_args import ServerArgs
+
     sizes = list(map(str, batch_sizes))
-    return ["--cuda-graph-bs", *sizes, "--max-running-requests", sizes[-1]]
+    names = ServerArgs.__dataclass_fields__
+    captured = "--cuda-graph-bs-decode" if "cuda_graph_bs_decode" in names else "--cuda-graph-bs"
+    return [captured, *sizes, "--max-running-requests", sizes[-1]]
 
 
 def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
@@ -124,6 +128,19 @@ def full_width_config(num_layers: int, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": 128,
     }
     return deepseek_v3_config(num_layers) | widths | quantization(dtype)
+
+
+def tp8_rank_config() -> dict[str, Any]:
+    """What one of eight ranks holds of DeepSeek-V3: all its layers, an eighth of each."""
+    eighths = {
+        "first_k_dense_replace": DEEPSEEK_V3_DENSE_LAYERS,
+        "intermediate_size": 18432 // 8,
+        "moe_intermediate_size": 2048 // 8,
+        "num_attention_heads": 128 // 8,
+        "num_key_value_heads": 128 // 8,
+        "vocab_size": 129280 // 8,
+    }
+    return deepseek_v3_config(DEEPSEEK_V3_LAYERS) | eighths | quantization("fp8")
 
 
 def quantization(dtype: str) -> dict[str, Any]:

@@ -23,6 +23,12 @@ NORM_KERNEL, TOP_K_KERNEL = re.compile("norm", re.IGNORECASE), re.compile("topk"
 MOST_BETWEEN = 3
 
 
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The events of one file that PyTorch's profiler wrote."""
+    events: list[dict[str, Any]] = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return events
+
+
 def profiled_events(
     server: Server, folder: Path, traces: str = "*.gz", batch_size: int = 1
 ) -> list[dict[str, Any]]:
@@ -49,7 +55,7 @@ def profiled_events(
                 event
                 for path in folder.rglob(traces)
                 if path.stat().st_size
-                for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+                for event in read_trace(path)
             ]
             if events:
                 return events

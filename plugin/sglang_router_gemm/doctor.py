@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 
+from sglang.srt.layers.moe_router import cluster_route, jit
 from sglang.srt.layers.moe_router.backends import BACKENDS, Backend
 from sglang.srt.layers.moe_router.environ import (
     SGLANG_ROUTER_GEMM_BACKEND,
@@ -25,7 +26,10 @@ from sglang.srt.layers.moe_router.kernel import Target, device_sm
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Model
 from sglang.srt.layers.moe_router.packages import first_line, installed_versions
 from sglang.srt.layers.moe_router.plan import Decision, decide
+from sglang.srt.layers.moe_router.route import Asked
+from sglang.srt.layers.moe_router.route import decide as decide_route
 from sglang_router_gemm.contract import examine as examine_contract
+from sglang_router_gemm.contract import examine_routing as examine_routing_contract
 
 _WIDTH = 80
 _GROUP, _PLUGIN = "sglang.srt.plugins", "dsv3_router_gemm"
@@ -96,6 +100,33 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
             }
             for num_tokens, name in decision.ranges()
         ],
+        "routing": examine_routing(model, sm),
+    }
+
+
+def examine_routing(model: Model, sm: int | None) -> dict[str, Any] | None:
+    """Who chooses the model's experts and plans their GEMM; None where that is SGLang anyway."""
+    if model.route is None:
+        return None
+    asked = Asked.of_model(model.route)
+    reason = why_not_loaded() or _why_no_routing()
+    reason = reason or decide_route(requested_backend(), sm, asked, (), model.num_experts)
+    kernel = None
+    if reason is None:
+        assert sm is not None
+        spec = cluster_route.spec(asked.routing(model.num_experts), sm)
+        try:
+            nvcc = jit.find_builder(spec)
+            kernel = "cached" if nvcc is None else f"builds with {nvcc}"
+        except BuildError as error:
+            reason = f"cluster_route cannot be had: {error}"
+    return {
+        "top_k": model.route.top_k,
+        "num_groups": model.route.num_groups,
+        "num_tokens": f"1-{cluster_route.MAX_NUM_TOKENS}",
+        "path": "cluster_route" if reason is None else "sglang",
+        "reason": reason,
+        "kernel": kernel,
     }
 
 
@@ -122,11 +153,20 @@ def why_not_loaded() -> str | None:
     allowed = os.environ.get("SGLANG_PLUGINS")
     if allowed and _PLUGIN not in [name.strip() for name in allowed.split(",")]:
         return f"SGLANG_PLUGINS is {allowed!r}, must have {_PLUGIN} in it, or be unset"
+    problem = examine_contract(_sglang()).problem
+    return None if problem is None else f"this SGLang does not fit: {problem}"
+
+
+def _why_no_routing() -> str | None:
+    problem = examine_routing_contract(_sglang())
+    return None if problem is None else f"this SGLang does not fit: {problem}"
+
+
+def _sglang() -> Path:
     sglang = importlib.util.find_spec("sglang")
     assert sglang is not None
     assert sglang.origin is not None
-    problem = examine_contract(Path(sglang.origin).parent).problem
-    return None if problem is None else f"this SGLang does not fit: {problem}"
+    return Path(sglang.origin).parent
 
 
 def not_measured(backend: str, sm: int | None) -> str | None:
@@ -158,7 +198,8 @@ def as_text(findings: dict[str, Any]) -> str:
     machine += [("nvcc", findings["nvcc"])]
     machine += list(findings["settings"].items())
     machine += [("plugin", findings["plugin"] or "loads with SGLang")]
-    return "\n\n".join((_labelled(machine), _gates(findings["models"]), _fold(_NOT_ACTIVE)))
+    tables = _gates(findings["models"]), _routings(findings["models"])
+    return "\n\n".join((_labelled(machine), *tables, _fold(_NOT_ACTIVE)))
 
 
 def _labelled(rows: list[tuple[str, Any]]) -> str:
@@ -167,7 +208,8 @@ def _labelled(rows: list[tuple[str, Any]]) -> str:
 
 
 def _gates(models: list[dict[str, Any]]) -> str:
-    rows, remarks = [], []
+    rows: list[tuple[str, ...]] = []
+    remarks: list[str] = []
     for model in models:
         for path in model["paths"]:
             rows.append(
@@ -179,9 +221,27 @@ def _gates(models: list[dict[str, Any]]) -> str:
                 )
             )
             remarks.append("; ".join(filter(None, (path["kernel"], path["reason"]))))
+    return _remarked(("model", "N x K", "M", "path"), rows, remarks)
+
+
+def _routings(models: list[dict[str, Any]]) -> str:
+    rows: list[tuple[str, ...]] = []
+    remarks: list[str] = []
+    for model in models:
+        found = model["routing"]
+        if found is not None:
+            groups = f" in {found['num_groups']} groups" if found["num_groups"] > 1 else ""
+            what = f"{found['top_k']} of {model['num_experts']}{groups}"
+            num_tokens = "1+" if found["path"] == "sglang" else found["num_tokens"]
+            rows.append((model["model"], what, num_tokens, found["path"]))
+            remarks.append("; ".join(filter(None, (found["kernel"], found["reason"]))))
+    return _remarked(("model", "experts of a token", "M", "path"), rows, remarks)
+
+
+def _remarked(headers: tuple[str, ...], rows: list[tuple[str, ...]], remarks: list[str]) -> str:
+    """A table with a remark under each row that has one."""
     # disable_numparse: "1-16" is text.
-    table = tabulate(rows, ("model", "N x K", "M", "path"), "simple", disable_numparse=True)
-    lines = table.splitlines()
+    lines = tabulate(rows, headers, "simple", disable_numparse=True).splitlines()
     for index, remark in reversed(list(enumerate(remarks))):
         lines[index + 3 : index + 3] = [_fold(remark, "    ", "    ")] if remark else []
     return "\n".join(lines)

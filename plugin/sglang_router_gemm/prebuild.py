@@ -274,6 +274,27 @@ def build_jobs() -> None:
             sys.exit(f"{name} does not build ({first_line(error)})")
         seconds = time.perf_counter() - started
         print(f"ready: {module}, after {seconds:.0f} s" if nvcc else f"ready: {module}", flush=True)
+        if job.backend == "cluster":
+            _build_routes(job)
+
+
+def _build_routes(job: Job) -> None:
+    """The routing behind a gate of the table, with a fused shared expert and without."""
+    from sglang.srt.layers.moe_router import cluster_route
+    from sglang.srt.layers.moe_router.jit import BuildError
+    from sglang.srt.layers.moe_router.models import find_model
+
+    model = find_model(job.num_experts, job.hidden_size)
+    if model is None or model.route is None:
+        return
+    for num_shared in (0, 1):
+        routing = cluster_route.Routing(
+            model.num_experts, *model.route[:3], num_shared, renormalize=True
+        )
+        try:
+            print(f"ready: {cluster_route.build(routing, job.sm)}", flush=True)
+        except BuildError as error:
+            sys.exit(f"cluster_route: {error}")
 
 
 def _build(

@@ -29,7 +29,7 @@ from sglang.srt.layers.moe_router.cluster_route import (
 from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
 from sglang.srt.layers.moe_router.isolation import run_isolated
 from sglang.srt.layers.moe_router.kernel import device_sm
-from sglang.srt.layers.moe_router.models import find_route
+from sglang.srt.layers.moe_router.models import Route, find_route
 from sglang.srt.layers.moe_router.packages import first_line
 from sglang.srt.layers.moe_router.plan import deterministic_inference, is_plain_eager
 
@@ -74,7 +74,14 @@ class Asked(NamedTuple):
 
     @property
     def scale_here(self) -> float:
+        """What the routed weights are multiplied with here."""
         return self.scale if self.scales_here and self.scale else 1.0
+
+    @classmethod
+    def of_model(cls, route: Route) -> Asked:
+        """What SGLang asks for a model of the table, without a fused shared expert."""
+        groups, top_groups, top_k = route[:3]
+        return cls(top_k, 0, groups, top_groups, True, None, False, "sigmoid", True, ())
 
     def shared_weight(self, variant: Variant) -> float:
         """The shared expert's weight, or its share of the others' sum."""
