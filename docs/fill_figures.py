@@ -45,6 +45,7 @@ NO_RESULTS = "No results of the benchmark are committed yet."
 # As a page in docs/ links to it.
 PLOTS = "../benchmark/kernels/deepseek/results/cluster"
 HEADLINE_RUN, HEADLINE_NUM_TOKENS = "h200.json", (1, 4, 8, 16, 64)
+ROUTE_RUN = "route/route_h200.json"
 
 
 def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
@@ -158,6 +159,26 @@ def settings_table() -> str:
     return _github(rows, ("variable", "values", "default"))
 
 
+def routing(run: Results | None) -> str:
+    """µs behind the gate's GEMM, by M, of everybody in a run of benchmark_route.py."""
+    if run is None:
+        return NO_RESULTS
+    us = {(each["provider"], each["num_tokens"]): each["median_us"] for each in run["us"]}
+    names = list(dict.fromkeys(each["provider"] for each in run["us"]))
+    rows = [
+        (str(m), *(f"{us[name, m]:.2f}" if (name, m) in us else "" for name in names))
+        for m in run["num_tokens"]
+    ]
+    versions = ", ".join(f"{name} {run['versions'][name]}" for name in NAMED)
+    return "\n\n".join(
+        [
+            f"µs of the GEMM, and what each adds behind it ({run['gpu']}, {run['date'][:10]}; "
+            f"{versions}; `{run['command']}`):",
+            _github(rows, ("M", *names)),
+        ]
+    )
+
+
 def not_measured(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
     """What the committed results do not have."""
     gpus = sorted(
@@ -180,6 +201,10 @@ def not_measured(servers: Sequence[Results], benchmarks: Sequence[Results]) -> s
     if not benchmarks:
         missing.append("- The time of one call, of any kernel.")
     return "\n".join(missing)
+
+
+def _read(path: Path) -> Results | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def fill(text: str, blocks: Mapping[str, str]) -> str:
@@ -213,10 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "backends": backends_table(BACKENDS.values()),
         "benchmark": plotted,
         "cluster": plotted,
-        "headline": headline(
-            json.loads(headline_run.read_text()) if headline_run.exists() else None
-        ),
+        "headline": headline(_read(headline_run)),
         "not_measured": not_measured(servers, benchmarks),
+        "route": routing(_read(arguments.benchmarks / ROUTE_RUN)),
         "settings": settings_table(),
         "shapes": speed([run for run in benchmarks if not _is_deepseek_v3(run)]),
         "speed": speed(benchmarks),

@@ -73,8 +73,10 @@ def graph_options(batch_sizes: Sequence[int]) -> list[str]:
     from sglang.srt.server_args import ServerArgs
 
     sizes = list(map(str, batch_sizes))
-    names = ServerArgs.__dataclass_fields__
-    captured = "--cuda-graph-bs-decode" if "cuda_graph_bs_decode" in names else "--cuda-graph-bs"
+    options = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(options)
+    decode = "--cuda-graph-bs-decode"  # of later releases
+    captured = decode if decode in options.format_help() else "--cuda-graph-bs"
     return [captured, *sizes, "--max-running-requests", sizes[-1]]
 
 

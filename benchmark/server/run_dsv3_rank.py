@@ -20,7 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -92,14 +92,14 @@ def read(path: Path) -> Trace:
     return Trace(steps[len(steps) // 10 :], [span for span, _ in spans], timeline)
 
 
-def profile(server: Server, folder: Path, batch_size: int) -> Path:
-    """Decodes a batch under the profiler, and returns its file."""
+def profile(server: Server, folder: Path, batch_size: int, steps: int) -> Path:
+    """Decodes a batch for so many steps under the profiler, and returns its file."""
     folder.mkdir(parents=True)
     batch = prompts(batch_size, seed=batch_size, lengths=range(16, 17))
     server.generate(batch, 16)  # warm
-    body = {"output_dir": str(folder), "num_steps": STEPS, "activities": ["GPU"]}
+    body = {"output_dir": str(folder), "num_steps": steps, "activities": ["GPU"]}
     requests.post(f"{server.url}/start_profile", json=body, timeout=60)
-    server.generate(batch, STEPS + 40)
+    server.generate(batch, steps + 40)
     size = -1
     for _ in range(120):
         files = [path for path in folder.rglob("*.gz") if path.stat().st_size]
@@ -110,19 +110,12 @@ def profile(server: Server, folder: Path, batch_size: int) -> Path:
     raise RuntimeError(f"the server wrote no profile of batch size {batch_size}")
 
 
-def measure(server: Server, folder: Path, pool: ProcessPoolExecutor) -> dict[int, Future[Trace]]:
-    """By batch size what its profile says, read while the next one is taken."""
-    return {
-        size: pool.submit(read, profile(server, folder / str(size), size)) for size in BATCH_SIZES
-    }
-
-
 def rows(traces: dict[str, dict[int, Trace]], of: str, digits: int) -> list[tuple[str, ...]]:
     """A row a batch size: median and quartiles with each backend, and what the first one saves."""
     table = []
     for size in BATCH_SIZES:
-        values = [getattr(each[size], of) for each in traces.values()]
-        if not all(values):
+        values = [getattr(each[size], of) for each in traces.values() if size in each]
+        if len(values) < len(traces) or not all(values):
             continue
         shown = [quartiles(each) for each in values]
         first, last = shown[0][1], shown[-1][1]
@@ -134,27 +127,32 @@ def rows(traces: dict[str, dict[int, Trace]], of: str, digits: int) -> list[tupl
 def timelines(traces: dict[str, dict[int, Trace]], size: int) -> str:
     found = []
     for backend, by_size in traces.items():
+        if size not in by_size:
+            continue
         lines = [(k.name, f"{k.start:.1f}", f"{k.end:.1f}") for k in by_size[size].timeline]
         table = tabulate(lines, ("kernel", "start", "end"), "github", disable_numparse=True)
         found.append(f"`{backend}`, batch {size}:\n\n{table}")
     return "\n\n".join(found)
 
 
-def report(
+def save(
+    folder: Path,
     where: dict[str, str],
-    command: str,
+    server: Server,
+    steps: int,
     log_lines: Sequence[str],
     traces: dict[str, dict[int, Trace]],
 ) -> str:
+    """The report so far; its text."""
     headers = ("batch", *(f"{name}, µs" for name in traces), "shorter by")
     table = partial(tabulate, headers=headers, tablefmt="github", disable_numparse=True)
-    return "\n\n".join(
+    text = "\n\n".join(
         [
             "# One rank of DeepSeek-V3 at TP 8: SGLang's server, decode steps",
             "\n".join(f"- {name}: {value}" for name, value in where.items()),
-            f"All 61 layers, FP8 dummy weights, no all-reduce; {STEPS} steps a profile, one server "
+            f"All 61 layers, FP8 dummy weights, no all-reduce; {steps} steps a profile, one server "
             "after the other. Median and quartiles.",
-            f"```\n{command}\n```",
+            f"```\n{server.shown_command}\n```",
             "A step, from a layer's first expert GEMM to the same layer's in the next step:",
             table(rows(traces, "step_us", 0)),
             "From the end of the norm ahead of a gate to the start of the first expert GEMM:",
@@ -164,10 +162,32 @@ def report(
             "```\n" + "\n".join(log_lines) + "\n```",
         ]
     )
+    results = {
+        "environment": where,
+        "command": server.shown_command,
+        "steps": steps,
+        "log_lines": log_lines,
+        "us": {
+            backend: {
+                size: {
+                    "step": quartiles(trace.step_us) if trace.step_us else None,
+                    "routing": quartiles(trace.routing_us) if trace.routing_us else None,
+                    "timeline": trace.timeline,
+                }
+                for size, trace in by_size.items()
+            }
+            for backend, by_size in traces.items()
+        },
+    }
+    name = f"dsv3_rank_{where['sglang']}"
+    (folder / f"{name}.md").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
+    return text
 
 
 def main() -> int:
     parser = argument_parser(__doc__, backend="auto", num_layers=None)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a profile")
     arguments = parse_arguments(parser)
     where = environment()
     extra = ["--mem-fraction-static", "0.9", "--max-total-tokens", "65536"]
@@ -180,34 +200,30 @@ def main() -> int:
         (model / "config.json").write_text(json.dumps(tp8_rank_config(), indent=2))
         for backend in (arguments.backend, "off"):
             log = arguments.output_dir / f"server_{backend}.log"
+            futures: dict[int, Future[Trace]] = {}
+            traces[backend] = {}
+
+            def save_what_is_read(
+                server: Server, backend: str = backend, futures: dict[int, Future[Trace]] = futures
+            ) -> str:
+                # After each profile: a run that is cut short is not lost.
+                read_by_now = {size: each.result() for size, each in futures.items() if each.done()}
+                traces[backend] = read_by_now
+                return save(arguments.output_dir, where, server, arguments.steps, log_lines, traces)
+
             with running(model, log, arguments.port, backend, extra) as server:
                 print(f"{backend}: up after {server.wait():.0f} s", flush=True)
-                futures = measure(server, Path(folder, backend), pool)
-                command = server.shown_command
-            traces[backend] = {size: future.result() for size, future in futures.items()}
-            lines = log.read_text().splitlines()
-            log_lines += [line for line in lines if "Router GEMM" in line or "Routing," in line]
-            text = report(where, command, log_lines, traces)
-            name = f"dsv3_rank_{where['sglang']}"
-            (arguments.output_dir / f"{name}.md").write_text(text + "\n")
-            results = {
-                "environment": where,
-                "command": command,
-                "log_lines": log_lines,
-                "us": {
-                    backend: {
-                        size: {
-                            "step": quartiles(trace.step_us) if trace.step_us else None,
-                            "routing": quartiles(trace.routing_us) if trace.routing_us else None,
-                            "steps": len(trace.step_us) // LINKS,
-                            "timeline": trace.timeline,
-                        }
-                        for size, trace in by_size.items()
-                    }
-                    for backend, by_size in traces.items()
-                },
-            }
-            (arguments.output_dir / f"{name}.json").write_text(json.dumps(results, indent=1))
+                lines = log.read_text().splitlines()
+                log_lines.extend(
+                    each for each in lines if "Router GEMM" in each or "Routing," in each
+                )
+                for size in BATCH_SIZES:
+                    path = profile(server, Path(folder, backend, str(size)), size, arguments.steps)
+                    futures[size] = pool.submit(read, path)
+                    save_what_is_read(server)
+                    print(f"{backend}: batch {size} is profiled", flush=True)
+            wait(futures.values())
+            text = save_what_is_read(server)
     print(text)
     return int(arguments.backend != "off" and not patch_taken("\n".join(log_lines)))
 

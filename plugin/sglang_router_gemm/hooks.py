@@ -129,6 +129,8 @@ def patch_topk(topk: Any) -> None:
             "Router GEMM: this SGLang does not fit, its own top-k serves instead: %s.", problem
         )
         return
+    if not _is_new(topk):
+        return
     from sglang.srt.layers.moe_router import route
 
     own_select: Callable[..., Any] = topk.select_experts
@@ -144,8 +146,8 @@ def patch_topk(topk: Any) -> None:
                 "Router GEMM: a top-k cannot be planned, SGLang's own serves it.", exc_info=True
             )
 
-    topk.TopK.__init__ = init
     _replace(topk, "select_experts", functools.partial(route.select_experts, own_select, topk))
+    topk.TopK.__init__ = init  # last: a layer that has a plan is asked for it
 
 
 def patch_align(module: Any) -> None:
@@ -154,6 +156,8 @@ def patch_align(module: Any) -> None:
         return  # said where the top-k is hooked
     if getattr(module, "_SGLANG_EXPERIMENTAL_LORA_OPTI", False):
         return  # it aligns for LoRA in a way of its own
+    if not _is_new(module):
+        return
     from sglang.srt.layers.moe_router import route
 
     own_align: Callable[..., Any] = module.moe_align_block_size
@@ -166,8 +170,16 @@ def _replace(module: ModuleType, name: str, wrapper: Callable[..., Any]) -> None
     own = getattr(module, name)
     function = functools.wraps(own)(wrapper)
     for each in list(sys.modules.values()):
-        if vars(each).get(name) is own:
+        if getattr(each, "__dict__", {}).get(name) is own:  # None: an import that is blocked
             setattr(each, name, function)
+
+
+def _is_new(module: Any) -> bool:
+    """Whether a module has not been hooked yet; says from then on that it has."""
+    if hasattr(module, "_router_gemm_hooked"):
+        return False
+    module._router_gemm_hooked = True
+    return True
 
 
 PATCHES = {MODEL: patch_gate, TOPK: patch_topk, ALIGN: patch_align}

@@ -44,6 +44,8 @@ class Job(NamedTuple):
     sm: int
     num_experts: int
     hidden_size: int
+    routing: tuple[int, int, int] | None = None
+    """`num_groups`, `top_groups` and `top_k`, where the routing behind the gate is built, too."""
 
 
 def run(
@@ -135,7 +137,7 @@ def plan_jobs(
                 lambda backend: None,
             )
             if decision.backend is not None and decision.backend.build is not None:
-                job = Job(decision.backend.name, sm, *shape)
+                job = Job(decision.backend.name, sm, *shape, _routing(backend, sm, shape))
                 jobs.setdefault(arch_list, []).append(job)
             else:
                 reasons.append(decision.reason)
@@ -146,6 +148,17 @@ def plan_jobs(
     for line in nothing:
         print(line, flush=True)
     return jobs
+
+
+def _routing(backend: str | None, sm: int, shape: Shape) -> tuple[int, int, int] | None:
+    """The routing behind a gate of the table, where the same setting takes our kernel for it."""
+    from sglang.srt.layers.moe_router.models import find_model
+
+    model = find_model(*shape)
+    route = model.route if model is not None else None
+    if route is None or not (backend == "cluster" or (backend is None and sm in route.auto)):
+        return None
+    return route[:3]
 
 
 def _arch_lists(archs: Sequence[str] | None) -> list[tuple[str, str]]:
@@ -259,7 +272,7 @@ def build_jobs() -> None:
         if reason := BACKENDS[job.backend].missing(job.sm):
             sys.exit(reason)
     for job in jobs:
-        backend, target = BACKENDS[job.backend], Target(torch.device("cuda"), *job[1:])
+        backend, target = BACKENDS[job.backend], Target(torch.device("cuda"), *job[1:4])
         assert backend.build is not None
         assert backend.find_builder is not None
         name = f"{backend.kernel} [{job.num_experts}, {job.hidden_size}]"
@@ -274,22 +287,18 @@ def build_jobs() -> None:
             sys.exit(f"{name} does not build ({first_line(error)})")
         seconds = time.perf_counter() - started
         print(f"ready: {module}, after {seconds:.0f} s" if nvcc else f"ready: {module}", flush=True)
-        if job.backend == "cluster":
-            _build_routes(job)
+        if job.routing is not None:
+            _build_routes(job, *job.routing)
 
 
-def _build_routes(job: Job) -> None:
-    """The routing behind a gate of the table, with a fused shared expert and without."""
+def _build_routes(job: Job, num_groups: int, top_groups: int, top_k: int) -> None:
+    """The routing behind a gate, without a fused shared expert and with one."""
     from sglang.srt.layers.moe_router import cluster_route
     from sglang.srt.layers.moe_router.jit import BuildError
-    from sglang.srt.layers.moe_router.models import find_model
 
-    model = find_model(job.num_experts, job.hidden_size)
-    if model is None or model.route is None:
-        return
     for num_shared in (0, 1):
         routing = cluster_route.Routing(
-            model.num_experts, *model.route[:3], num_shared, renormalize=True
+            job.num_experts, num_groups, top_groups, top_k, num_shared, renormalize=True
         )
         try:
             print(f"ready: {cluster_route.build(routing, job.sm)}", flush=True)

@@ -1,14 +1,12 @@
 """What stands between the gate's GEMM and the first expert GEMM, and how long it takes.
 
-    python3 benchmark_route.py
     python3 benchmark_route.py --num-tokens 1 8 64 --save-path results
     python3 benchmark_route.py --from-json results/route_h200.json
 
 The `chain` of the router-GEMM benchmark: the norm ahead of the gate, the `cluster` GEMM, then a
 routing, 58 links in one CUDA graph, each with a weight and a bias of its own, as in DeepSeek-V3.
-What is printed and saved is a link less that of the GEMM alone. Before anybody is timed, his
-experts are compared with SGLang's own: ours bit for bit, and the plan of the expert GEMM too.
-What is wrong is not timed.
+What is printed and saved is a link less one without routing. Before that everybody is held
+against SGLang's own: ids, weights and plan of ours bit for bit. What is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -16,15 +14,15 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import shlex
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from benchmark_deepgemm_dsv3_router_gemm_blackwell import MAX_NUM_TOKENS, _integer_in, _Parser
 from router_gemm_benchmark import how_to_call
@@ -32,36 +30,26 @@ from router_gemm_benchmark import how_to_call
 if TYPE_CHECKING:
     import torch
     from router_gemm_benchmark.providers import Gemm
-    from router_gemm_benchmark.timing import Bench, Failure
+    from router_gemm_benchmark.timing import Bench, Candidate, Failure
 
-NUM_TOKENS, ROUNDS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 30
-WIDTH = 100
+NUM_TOKENS, ROUNDS, WIDTH = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 30, 100
+# DeepSeek-V3's config.json. A shared expert that SGLang fuses is the ninth column.
+NUM_EXPERTS, HIDDEN_SIZE, TOP_K, SCALE = 256, 7168, 8, 2.5
+GROUPS, BLOCK_SIZE = {"num_expert_group": 8, "topk_group": 4}, 16
 
-# DeepSeek-V3's config.json; one shared expert behind the 256, if SGLang fuses it.
-NUM_EXPERTS, HIDDEN_SIZE, TOP_K = 256, 7168, 8
-NUM_GROUPS, TOP_GROUPS, SCALE = 8, 4, 2.5
-BLOCK_SIZE = 16  # of SGLang's fp8 expert GEMM at these M
-
-GATE = "gate"
-# By provider: what it is. The shared expert is the ninth column.
-NOTES = {
-    GATE: "the router GEMM alone, with the norm ahead of it taken off",
-    "FlashInfer fused_topk_deepseek": "8 columns, through SGLang's biased_grouped_topk_gpu",
-    "SGLang Triton moe_fused_gate": "8 columns, grouped, sglang.kernels.ops.moe.moe_fused_gate",
-    "vLLM grouped_topk": "8 columns, vLLM's fused_grouped_topk",
-    "SGLang": "9 columns, select_experts of the installed release",
-    "SGLang + align": f"that, and its moe_align_block_size, blocks of {BLOCK_SIZE}",
-    "ours: route": "8 columns, cluster_route",
-    "ours: route + align": f"9 columns and the plan, cluster_route, blocks of {BLOCK_SIZE}",
-}
-# Another order of rounding may choose another expert where two are as good, so not bit for bit.
-ROUNDS_OTHERWISE = ("SGLang Triton moe_fused_gate", "vLLM grouped_topk")
-LEAST_AGREEMENT = 0.95  # of the rows, then; seen is 1 in thousands, and M = 1 has 58 of them
+GATE, VLLM = "gate", "vLLM grouped_topk"
+FLASHINFER, TRITON = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
+SGLANG, SGLANG_ALIGN = "SGLang", "SGLang + align"
+OURS, OURS_ALIGN = "ours: route", "ours: route + align"
+NAMES = (FLASHINFER, TRITON, VLLM, SGLANG, SGLANG_ALIGN, OURS, OURS_ALIGN)
+LEGEND = "gate: the GEMM alone; the others: what they add. SGLang and + align: 9 columns, else 8."
+# Of two experts that are as good they may choose the other: in one row of thousands, M = 1 has 58.
+ROUND_OTHERWISE, LEAST_AGREEMENT = (TRITON, VLLM), 0.95
 
 
 @dataclass
 class Microseconds:
-    """Of one link: quartiles over the rounds."""
+    """Of one link, quartiles over the rounds: the gate's, and of all others less its median."""
 
     provider: str
     num_tokens: int
@@ -72,7 +60,7 @@ class Microseconds:
 
 @dataclass
 class Report:
-    """What a run leaves, as it is in the JSON file."""
+    """What a run leaves, as it is in the JSON file; a failure in mode `check` was not timed."""
 
     gpu: str
     driver: str | None
@@ -82,242 +70,260 @@ class Report:
     num_tokens: list[int]
     rounds: int
     links: int
-    producer: str | None = None
-    """The norm ahead of the gate."""
+    producer: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
-    """By provider, why it is not there."""
     failures: list[Failure] = field(default_factory=list)
-    """Who was wrong or raised; the mode is `check` where that was before the timing."""
-    gate: list[Microseconds] = field(default_factory=list)
-    """The GEMM alone."""
-    behind_gate: list[Microseconds] = field(default_factory=list)
-    """Everybody else, less the GEMM's median."""
-    error: str | None = None
-    """What ended the run early."""
+    us: list[Microseconds] = field(default_factory=list)
 
 
-# ---- Who is measured ---------------------------------------------------------------------------
-
-
-class Routed(NamedTuple):
-    """fp32 weights and int32 ids, `[M, columns]`, and ours: the plan of the expert GEMM."""
-
-    weights: torch.Tensor
-    ids: torch.Tensor
-    plan: tuple[torch.Tensor, ...] | None = None
-
-
-class Call(NamedTuple):
-    """One link's routing: bf16 `[M, K]` and fp32 `[M, N]`, and what came of them."""
-
-    link: int
-    hidden_states: torch.Tensor
-    logits: torch.Tensor
-    routed: Routed
-
-
-Route = Callable[["torch.Tensor", "torch.Tensor", int, bool], Routed]
-"""`route(hidden_states, logits, link, pdl)`"""
+Route = Callable[["torch.Tensor", "torch.Tensor", int, bool], Sequence[Any]]
+"""`route(hidden_states, logits, link, pdl)`: weights and ids, and of ours the plan or None."""
+Call = tuple[int, "torch.Tensor", "torch.Tensor", Sequence[Any]]
+"""A link, its hidden_states, bf16 `[M, K]`, and logits, fp32 `[M, N]`, and what `Route` gave."""
 
 
 class Layers:
-    """SGLang's own functions, without this plugin, and a bias and a config for each link.
-
-    Args:
-        weights: of the gates, bf16 `[LINKS, N, K]`.
-    """
+    """SGLang's own functions, and a bias and configs for each of `weights`, `[LINKS, N, K]`."""
 
     def __init__(self, weights: torch.Tensor) -> None:
-        import torch
-
         from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
         from sglang_router_gemm.hooks import ALIGN, TOPK
 
-        device = weights.device
+        self.device = device = weights.device
         set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device=device.type))
         self.topk: Any = importlib.import_module(TOPK)
         self.select = without_plugin(self.topk.select_experts)
-        self.align = without_plugin(importlib.import_module(ALIGN).moe_align_block_size)
+        align = without_plugin(importlib.import_module(ALIGN).moe_align_block_size)
+        self.align = functools.partial(align, block_size=BLOCK_SIZE, num_experts=NUM_EXPERTS + 1)
         self.links = {weight.data_ptr(): link for link, weight in enumerate(weights)}
-        self.biases = list(torch.randn(len(weights), NUM_EXPERTS, device=device) / 10)
-        self.configs = {
-            num_shared: [self._config(num_shared, bias) for bias in self.biases]
-            for num_shared in (0, 1)
-        }
+        self.biases = list(weights.new_empty(len(weights), NUM_EXPERTS).float().normal_(std=0.1))
+        self.configs = [[self._config(shared, bias) for bias in self.biases] for shared in (0, 1)]
 
     def _config(self, num_shared: int, bias: torch.Tensor) -> Any:
-        config = self.topk.TopKConfig
-        shared = {"num_fused_shared_experts": num_shared}
-        if not hasattr(config, "num_fused_shared_experts"):  # since 0.5.23
-            shared = {"shared_experts": self.topk.SharedExpertsConfig(**shared)}
-        return config(
-            TOP_K + num_shared,
-            use_grouped_topk=True,
-            num_expert_group=NUM_GROUPS,
-            topk_group=TOP_GROUPS,
-            correction_bias=bias,
-            routed_scaling_factor=SCALE,
-            scoring_func="sigmoid",
-            **shared,
-        )
+        fields: dict[str, Any] = {"num_fused_shared_experts": num_shared}
+        if not hasattr(self.topk.TopKConfig, "num_fused_shared_experts"):  # SGLang 0.5.23
+            fields = {"shared_experts": self.topk.SharedExpertsConfig(**fields)}
+        fields |= {"routed_scaling_factor": SCALE, "scoring_func": "sigmoid", **GROUPS}
+        fields |= {"use_grouped_topk": True, "correction_bias": bias}
+        return self.topk.TopKConfig(TOP_K + num_shared, **fields)
 
 
 def without_plugin(function: Any) -> Any:
     """SGLang's function, where the plugin has put a `functools.partial` in its place."""
-    return function.__wrapped__ if isinstance(function, functools.partial) else function
+    return vars(function)["__wrapped__"] if isinstance(function, functools.partial) else function
 
 
 def make_route(name: str, layers: Layers) -> Route:
-    """Imports or builds a provider.
-
-    Raises:
-        Skip: it is not there; or whatever the import raises.
-    """
-    from router_gemm_benchmark.providers import Skip, _kernel
-
-    device, biases, topk = layers.biases[0].device, layers.biases, layers.topk
-    if name.startswith("FlashInfer"):
-        if getattr(topk, "fused_topk_deepseek", None) is None:
-            raise Skip("SGLang has not found FlashInfer's fused_topk_deepseek")
-        routing = (TOP_K, True, NUM_GROUPS, TOP_GROUPS, 0, SCALE, False)
-        return lambda hidden_states, logits, link, pdl: Routed(
-            *topk.biased_grouped_topk_gpu(hidden_states, logits, biases[link], *routing)
-        )
-    if name.startswith("SGLang Triton"):
-        gate = _kernel(device, ("sglang.kernels.ops.moe.moe_fused_gate", "moe_fused_gate"))
-        groups = {"num_expert_group": NUM_GROUPS, "topk_group": TOP_GROUPS}
-        return lambda hidden_states, logits, link, pdl: Routed(
-            *gate(logits, biases[link], TOP_K, routed_scaling_factor=SCALE, **groups)
-        )
-    if name.startswith("vLLM"):
-        # The one moved in 2026; both are asked for, and a reason names both.
-        package, function = "vllm.model_executor.layers.fused_moe", "fused_grouped_topk"
-        places = (f"{package}.router.grouped_topk_router", f"{package}.fused_moe")
-        vllm = _kernel(device, *((place, function) for place in places))
-        groups = {"num_expert_group": NUM_GROUPS, "topk_group": TOP_GROUPS}
-        return lambda hidden_states, logits, link, pdl: Routed(
-            *vllm(
-                hidden_states,
-                logits,
-                TOP_K,
-                renormalize=True,
-                e_score_correction_bias=biases[link],
-                scoring_func="sigmoid",
-                routed_scaling_factor=SCALE,
-                **groups,
-            )
-        )
-    if name.startswith("ours"):
-        return _ours(layers, *((1, BLOCK_SIZE) if name.endswith("align") else (0, 0)))
-    return _sglang(layers, aligned=name.endswith("align"))
-
-
-def _sglang(layers: Layers, aligned: bool) -> Route:
-    def route(hidden_states: torch.Tensor, logits: torch.Tensor, link: int, pdl: bool) -> Routed:
-        own = layers.select(hidden_states, logits, layers.configs[1][link])
-        if aligned:
-            layers.align(own.topk_ids, BLOCK_SIZE, NUM_EXPERTS + 1)
-        return Routed(own.topk_weights, own.topk_ids)
-
-    return route
-
-
-def _ours(layers: Layers, num_shared: int, block_size: int) -> Route:
-    """`cluster_route`, as a layer's plan has found it to have the bits of SGLang's own."""
-    from router_gemm_benchmark.providers import Skip, environment
+    """Imports or builds a provider; raises `Skip`, or whatever that raises."""
+    from router_gemm_benchmark.providers import Skip, _kernel, environment
 
     from sglang.srt.layers.moe_router.route import make_route_plan
 
+    biases, same = layers.biases, GROUPS | {"routed_scaling_factor": SCALE}
+    if name == FLASHINFER:
+        if getattr(layers.topk, "fused_topk_deepseek", None) is None:
+            raise Skip("SGLang has not found FlashInfer's fused_topk_deepseek")
+        flashinfer = functools.partial(layers.topk.biased_grouped_topk_gpu, **same)
+        return lambda h, logits, link, pdl: flashinfer(h, logits, biases[link], TOP_K, True)
+    if name == TRITON:
+        place = ("sglang.kernels.ops.moe.moe_fused_gate", "moe_fused_gate")
+        triton = functools.partial(_kernel(layers.device, place), **same)
+        return lambda h, logits, link, pdl: triton(logits, biases[link], TOP_K)
+    if name == VLLM:
+        module = "vllm.model_executor.layers.fused_moe.router.grouped_topk_router"
+        kernel = _kernel(layers.device, (module, "fused_grouped_topk"))
+        vllm = functools.partial(kernel, scoring_func="sigmoid", **same)
+        return lambda h, logits, link, pdl: vllm(h, logits, TOP_K, True, biases[link])
+    if name in (SGLANG, SGLANG_ALIGN):  # the latter is aligned by the caller
+        return lambda h, logits, link, pdl: layers.select(h, logits, layers.configs[1][link])[:2]
     with environment(SGLANG_ROUTER_GEMM_BACKEND="cluster"):
-        plan = make_route_plan(layers.configs[num_shared][0], layers.select)
+        plan = make_route_plan(layers.configs[name == OURS_ALIGN][0], layers.select)
     if plan is None or plan.kernel is None or plan.variant is None:
         raise Skip(plan.reason if plan is not None else "there is no bias")
-    kernel, variant = plan.kernel, plan.variant
-    factors = plan.asked.scale_here, plan.asked.shared_weight(variant)
-    return lambda hidden_states, logits, link, pdl: Routed(
-        *kernel(logits, layers.biases[link], variant, *factors, pdl, block_size)
-    )
-
-
-class Link:
-    """A GEMM and the routing behind it, called as a GEMM is."""
-
-    def __init__(self, layers: Layers, gate: Gemm, route: Route) -> None:
-        self.layers, self.gate, self.route = layers, gate, route
-        self.last: Call | None = None
-        """Of the last call, whose memory in a graph thus stays its own."""
-
-    def __call__(
-        self, hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
-    ) -> torch.Tensor:
-        logits = self.gate(hidden_states, weight, out, pdl)
-        link = self.layers.links[weight.data_ptr()]
-        routed = self.route(hidden_states, logits, link, pdl)
-        self.last = Call(link, hidden_states, logits, routed)
-        return logits
-
-
-# ---- Whether they are right --------------------------------------------------------------------
+    ours, size = plan.kernel, BLOCK_SIZE if name == OURS_ALIGN else 0
+    rest = plan.variant, plan.asked.scale_here, plan.asked.shared_weight(plan.variant)
+    return lambda h, logits, link, pdl: ours(logits, biases[link], *rest, pdl, size)
 
 
 def why_wrong(layers: Layers, calls: Sequence[Call], exact: bool) -> str | None:
-    """What differs from SGLang's own, as a phrase; None if nothing does.
-
-    Args:
-        exact: bit for bit, else the same experts in `LEAST_AGREEMENT` of all rows.
-    """
-    import torch
-
+    """What is not SGLang's own, as a phrase; None if all is, or, unless `exact`, nearly all ids."""
     from sglang_router_gemm.routing import agreement
 
     shares = []
-    for link, hidden_states, logits, (weights, ids, plan) in calls:
-        own = layers.select(hidden_states, logits, layers.configs[ids.shape[1] - TOP_K][link])
-        if not exact:
-            shares.append(agreement(ids.sort().values, own.topk_ids.sort().values))
-        elif not torch.equal(ids, own.topk_ids):
-            return f"other experts than SGLang's in link {link + 1}"
-        elif not torch.equal(*(each.view(torch.int32) for each in (weights, own.topk_weights))):
-            return f"other weights than SGLang's in link {link + 1}"
-        if plan is not None:
-            aligned = layers.align(own.topk_ids, BLOCK_SIZE, NUM_EXPERTS + 1)
-            reason = why_plan_wrong(plan, aligned)
-            if reason is not None:
-                return f"{reason} in link {link + 1}"
-    share = sum(shares) / len(shares) if shares else 1.0
-    if share >= LEAST_AGREEMENT:
-        return None
-    return f"SGLang's experts in {share:.0%} of the rows, must be {LEAST_AGREEMENT:.0%}"
+    for link, h, logits, (weights, ids, *plan) in calls:
+        own = layers.select(h, logits, layers.configs[ids.shape[1] - TOP_K][link])
+        shares.append(agreement(ids.sort().values, own.topk_ids.sort().values))
+        wrong = why_plan_wrong(plan[0], layers.align(own.topk_ids)) if any(plan) else None
+        if exact and not ids.equal(own.topk_ids):
+            wrong = "other experts"
+        elif exact and not weights.equal(own.topk_weights):  # of numbers above 0: all bits
+            wrong = "other weights"
+        if wrong is not None:
+            return f"{wrong} than SGLang's in link {link + 1}"
+    share = sum(shares) / len(shares)
+    return None if share >= LEAST_AGREEMENT else f"SGLang's experts in {share:.0%} of the rows only"
 
 
 def why_plan_wrong(plan: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> str | None:
-    """The same blocks and the same tokens in each, ours in their order, SGLang's in any."""
+    """Same blocks of same tokens? They are sorted in ours, and in any order in SGLang's own."""
+    (tokens, experts, size), (own_tokens, own_experts, own_size) = plan, own
+    blocks = int(own_size[0]) // BLOCK_SIZE
+    if int(size[0]) != int(own_size[0]) or not experts[:blocks].equal(own_experts[:blocks]):
+        return "other blocks in the plan"
+    by_expert = experts[:blocks].long().repeat_interleave(BLOCK_SIZE) << 32
+    ours, theirs = (by_expert + each[: len(by_expert)] for each in (tokens, own_tokens))
+    return None if ours.equal(theirs.sort().values) else "other tokens or order in the plan"
+
+
+def measure(report: Report, bench: Bench, gate: Gemm, save: Callable[[], None]) -> None:
+    """Builds, compares and times everybody; `report` says what came of it."""
+    from router_gemm_benchmark.providers import Provider, Skip
+    from router_gemm_benchmark.timing import CHAIN, Candidate, Failure
+
+    from sglang.srt.layers.moe_router.packages import first_line
+
+    layers, routes = Layers(bench.weights), dict[str, Route]()
+    last: dict[str, Call] = {}  # what was called last; of a graph, its memory stays its own
+
+    def candidate(name: str) -> Candidate:
+        def call(h: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool) -> Any:
+            logits, link = gate(h, weight, out, pdl), layers.links[weight.data_ptr()]
+            if name != GATE:
+                last[name] = link, h, logits, routes[name](h, logits, link, pdl)
+            if name == SGLANG_ALIGN:
+                layers.align(last[name][3][1])
+            return logits
+
+        return Candidate(Provider(name, lambda: call), call)
+
+    def check(name: str, num_tokens: int) -> str | None:
+        """Calls all links in a row, as the graph does, and compares them afterwards."""
+        (provider, call), calls = candidate(name), list[Call]()
+        h = bench.random_tokens(num_tokens)
+        try:
+            for weight in bench.weights:
+                call(h, weight, bench.empty_logits(provider, num_tokens), True)
+                calls.append(last[name])
+            return why_wrong(layers, calls, name not in ROUND_OTHERWISE)
+        except Exception as error:  # this provider is out, the run goes on
+            return first_line(error)
+
+    for name in NAMES:
+        try:
+            routes[name] = make_route(name, layers)
+        except Exception as error:  # a broken install raises anything
+            report.skipped[name] = str(error) if isinstance(error, Skip) else first_line(error)
+    for m in report.num_tokens:
+        reasons = {name: check(name, m) for name in routes}
+        right = [name for name, reason in reasons.items() if reason is None]
+        timings, failures = bench.measure([candidate(name) for name in (GATE, *right)], m, CHAIN)
+        exact = {each.provider for each in timings} - {GATE, *ROUND_OTHERWISE}
+        wrong = {name: why_wrong(layers, [last[name]], exact=True) for name in exact}
+        failures += [Failure(n, "check", m, reason) for n, reason in reasons.items() if reason]
+        failures += [Failure(n, CHAIN.name, m, reason) for n, reason in wrong.items() if reason]
+        report.failures += failures
+        base = [each.median_us for each in timings if each.provider == GATE]
+        for each in timings if base else ():
+            if wrong.get(each.provider) is None:
+                less = 0.0 if each.provider == GATE else base[0]
+                us = (each.q25_us - less, each.median_us - less, each.q75_us - less)
+                report.us.append(Microseconds(each.provider, m, *us))
+        save()
+
+
+def table(report: Report) -> str:
+    """Medians by M, then who is not there and who failed, in `WIDTH` columns."""
+    from tabulate import tabulate
+
+    us = {(each.provider, each.num_tokens): f"{each.median_us:.2f}" for each in report.us}
+    names = [name for name in (GATE, *NAMES) if any(name == provider for provider, _ in us)]
+    rows = [[str(m), *(us.get((name, m), "") for name in names)] for m in report.num_tokens]
+    headers = ["M", *(re.sub(r"(?<!\+) |(?<=topk)_|(?<=moe)_", "\n", name) for name in names)]
+    remarks = [
+        f"{report.gpu}, SGLang {report.versions.get('sglang')}, µs, {report.rounds} rounds",
+        LEGEND,
+        *(f"{name} is skipped: {reason}" for name, reason in report.skipped.items()),
+        *(f"{x.provider} FAILED, {x.mode}, M {x.num_tokens}: {x.reason}" for x in report.failures),
+    ]
+    lines = [textwrap.fill(each, WIDTH, subsequent_indent="  ") for each in remarks]
+    return "\n".join((tabulate(rows, headers, disable_numparse=True), *lines))
+
+
+def load(path: Path) -> Report:
+    """What an earlier run wrote; raises OSError, or ValueError or TypeError if it is not that."""
+    from router_gemm_benchmark.timing import Failure
+
+    report: Any = Report(**json.loads(path.read_text()))
+    report.us = [Microseconds(**each) for each in report.us]
+    report.failures = [Failure(**each) for each in report.failures]
+    return report
+
+
+def run(num_tokens: Sequence[int], rounds: int, command: str, save_path: Path | None) -> Report:
+    """Times everybody on the current GPU, and saves after each M."""
+    import torch
+    from router_gemm_benchmark import report as reports
+    from router_gemm_benchmark.providers import Skip, all_providers
+    from router_gemm_benchmark.timing import LINKS, Bench
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    where = torch.cuda.get_device_name(device), reports.driver_version(), reports.versions()
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    report = Report(*where, date, command, sorted(set(num_tokens)), rounds, LINKS)
+
+    def save() -> None:
+        if save_path is not None:
+            save_path.mkdir(parents=True, exist_ok=True)
+            stem = reports.file_stem(report.gpu, NUM_EXPERTS, HIDDEN_SIZE)
+            text = json.dumps(asdict(report), indent=1, allow_nan=False)
+            (save_path / f"route_{stem}.json").write_text(text + "\n")
+
+    providers = all_providers(NUM_EXPERTS, HIDDEN_SIZE, device)
+    try:
+        gate = next(each for each in providers if each.name == "ours: cluster").build()
+        bench = Bench(NUM_EXPERTS, HIDDEN_SIZE, rounds, device)
+        report.producer = bench.producer_note
+        if bench.producer is None:
+            raise Skip(report.producer)
+        measure(report, bench, gate, save)
+    except Skip as reason:
+        report.skipped[GATE] = str(reason)
+    save()
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 where nothing could be timed or ours failed, 2 for a bad argument."""
+    parser = _Parser(usage="%(prog)s [options]", description=(__doc__ or "").splitlines()[0])
+    add, tokens = parser.add_argument, _integer_in("M", 1, MAX_NUM_TOKENS)
+    add("--num-tokens", type=tokens, nargs="+", default=NUM_TOKENS, metavar="M", help="1 to 128")
+    many = _integer_in("the number of rounds", 1, 100_000)
+    add("--rounds", type=many, default=ROUNDS, help="replays of each graph (default: %(default)s)")
+    add("--save-path", type=Path, metavar="DIR", help="write route_<gpu>.json there")
+    add("--from-json", type=Path, metavar="FILE", help="print that table again; needs no GPU")
+    arguments = parser.parse_args(argv)
+    if arguments.save_path is not None and arguments.save_path.is_file():
+        parser.error(f"argument --save-path: {arguments.save_path} is a file, must be a folder")
     import torch
 
-    (tokens, experts, padded), (own_tokens, own_experts, own_padded) = plan, own
-    total = int(own_padded)
-    if int(padded) != total:
-        return f"the plan has {int(padded)} places, must have {total},"
-    experts, own_experts = (each[: total // BLOCK_SIZE] for each in (experts, own_experts))
-    if not torch.equal(experts, own_experts):
-        return "the plan's blocks are other experts'"
-    first = experts.repeat_interleave(BLOCK_SIZE).long() << 32
-    if not torch.equal(first + tokens[:total], (first + own_tokens[:total]).sort().values):
-        return "the plan has other tokens, or in another order,"
-    return None
+    if arguments.from_json is not None:
+        try:
+            print(table(load(arguments.from_json)))
+        except (OSError, TypeError, ValueError) as error:
+            parser.error(f"argument --from-json: {error}")
+        return 0
+    if not torch.cuda.is_available():
+        print("Nothing was timed: this machine has no CUDA device.")
+        return 0
+    command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    with torch.no_grad():
+        report = run(arguments.num_tokens, arguments.rounds, command, arguments.save_path)
+    print(table(report))
+    return int(not report.us or any(each.provider.startswith("ours") for each in report.failures))
 
 
-def check(bench: Bench, link: Link, num_tokens: int, exact: bool) -> str | None:
-    """Calls all links in a row, with PDL, and compares each afterwards."""
-    hidden_states = bench.random_tokens(num_tokens)
-    calls = []
+if __name__ == "__main__":
     try:
-        for weight in bench.weights:
-            link(hidden_states, weight, hidden_states.new_empty(0), True)
-            assert link.last is not None
-            calls.append(link.last)
-        return why_wrong(link.layers, calls, exact)
-    except Exception as error:  # this provider is out, the run goes on
-        from sglang.srt.layers.moe_router.packages import first_line
-
-        return first_line(error)
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        sys.exit(how_to_call(error))

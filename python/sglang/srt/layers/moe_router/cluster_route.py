@@ -46,13 +46,18 @@ class Routing(NamedTuple):
 
     def refusal(self) -> str | None:
         """Why the kernel does not take it, as a phrase; None if it does."""
-        experts, groups = self.num_experts, self.num_groups
+        experts, groups, top_groups = self.num_experts, self.num_groups, self.top_groups
         if experts % 32 or not 32 <= experts <= 512:
             return f"N is {experts}, must be a multiple of 32 up to 512"
-        if groups not in (1, 2, 4, 8, 16, 32) or experts // 32 < 2 <= groups:
-            return f"{groups} groups of {experts} experts, must be a power of two up to 32"
-        if not 1 <= self.top_k <= min(8, experts // groups * self.top_groups):
-            return f"top_k is {self.top_k}, must be 1 to 8"
+        if groups not in (1, 2, 4, 8, 16, 32):
+            return f"there are {groups} groups, must be a power of two up to 32"
+        if groups > 1 and experts < 64:
+            return f"N is {experts}, must be 64 or more where there are groups"
+        if not 1 <= top_groups <= groups:
+            return f"{top_groups} groups are kept, must be 1 to {groups}"
+        most = min(8, experts // groups * top_groups)
+        if not 1 <= self.top_k <= most:
+            return f"top_k is {self.top_k}, must be 1 to {most}"
         if self.num_shared not in (0, 1):
             return f"{self.num_shared} shared experts are fused, must be 0 or 1"
         if groups > 1 and not self.renormalize:

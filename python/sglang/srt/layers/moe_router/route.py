@@ -201,12 +201,15 @@ class RoutePlan:
     """By M, the block size that the expert GEMM last asked for. Only a guess: whoever is
     given a plan for another block size has the experts planned anew."""
 
-    def select(self, logits: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def select(
+        self, logits: torch.Tensor, config: Any, with_plan: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weights and ids of a call's tokens; None where SGLang's own must serve it.
 
         Args:
             logits: `[M, N]`, of the gate.
             config: SGLang's, with the correction bias.
+            with_plan: the ids will stay as they are, so a plan may lie on them.
 
         Returns:
             fp32 and int32, `[M, columns]`, best expert first and the shared one last.
@@ -226,9 +229,10 @@ class RoutePlan:
             return None
         num_tokens = logits.shape[0]
         dense = logits.is_contiguous() and bias.is_contiguous() and is_aligned(logits, bias)
-        if num_tokens > MAX_NUM_TOKENS or not dense or not is_plain_eager(logits, profiled=True):
+        served = 1 <= num_tokens <= MAX_NUM_TOKENS and dense
+        if not served or not is_plain_eager(logits, profiled=True):
             return None
-        size = self.block_sizes.get(num_tokens, 0)
+        size = self.block_sizes.get(num_tokens, 0) if with_plan else 0
         weights, ids, plan = self.kernel(
             logits,
             bias,
@@ -238,7 +242,7 @@ class RoutePlan:
             self.pdl,
             size,
         )
-        if not ids.is_inference():  # else nobody could tell whether they were changed since
+        if with_plan and not ids.is_inference():  # else nobody could tell whether they change
             ids.expert_plan = PlanOfIds(self, size, plan, ids._version)
         return weights, ids
 
@@ -429,7 +433,10 @@ def select_experts(
         and all(value is None for value in others.values())
     ):
         plan: RoutePlan | None = getattr(topk_config, "route_plan", None)
-        selected = plan.select(router_logits, topk_config) if plan is not None else None
+        if plan is not None:
+            # SGLang's mask of padded rows writes to the ids, and PyTorch does not count that.
+            with_plan = num_token_non_padded is None
+            selected = plan.select(router_logits, topk_config, with_plan)
     if selected is None:
         return own_select(
             hidden_states,
