@@ -306,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --save-path: {arguments.save_path} is a file, must be a folder")
     import torch
 
+    import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
+
     if arguments.from_json is not None:
         try:
             print(table(load(arguments.from_json)))

@@ -50,7 +50,7 @@ def _as_served(publish_server_args: object) -> Iterator[None]:
 def _reasons(requested: str, sm: int, asked: Asked, n: int, deterministic: bool) -> dict[str, bool]:
     """Every reason, and whether it holds: the rules, written once more."""
     groups, top, k = asked.num_groups, asked.top_groups, asked.columns - asked.num_shared
-    auto = {(256, 8, 4, 8): [90]}.get((n, groups, top, k), [])  # the SMs
+    auto: list[int] = []  # the SMs: none yet
     split, most = groups in {2**i for i in range(6)}, min(8, n // groups * top)
     raw, shared = groups > 1 and not asked.renormalize, asked.num_shared not in (0, 1)
     return {
@@ -96,6 +96,26 @@ def test_the_decision_of_20000_configurations() -> None:
 
 def test_no_more_groups_are_kept_than_there_are() -> None:
     assert Routing(256, 8, 9, 8, 0, True).refusal() is not None  # the .cuh refuses it
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_a_plan_is_told_from_another(block_size: int) -> None:
+    ids, numel = torch.randint(0, 9, (40, 3), dtype=torch.int32), 120
+    tokens, experts = [], []
+    for expert in range(9):
+        places = [i for i, each in enumerate(ids.flatten().tolist()) if each == expert]
+        for at in range(0, len(places), block_size):
+            block = places[at : at + block_size]
+            tokens += block + [numel] * (block_size - len(block))
+            experts.append(expert)
+    right = [torch.tensor(each, dtype=torch.int32) for each in (tokens, experts, [len(tokens)])]
+    assert cluster_route.is_plan_of(cluster_route.ExpertPlan(*right), ids, block_size, 9)
+    for part in range(3):
+        for place in (0, -1):
+            wrong = [each.clone() for each in right]
+            wrong[part][place] += 1
+            plan = cluster_route.ExpertPlan(*wrong)
+            assert not cluster_route.is_plan_of(plan, ids, block_size, 9)
 
 
 @pytest.mark.parametrize(("groups", "orders"), [(8, ["FAR"]), (1, ["NEAR", "FOURS"])])
@@ -364,7 +384,8 @@ WHAT = "Routing, top 8 of 256 experts in 4 of 8 groups"
         ("auto", "80", "INFO", "SM is 80, must be 90 or newer."),
         ("flashinfer", "90", "INFO", "the backend is flashinfer."),
         ("cluster", "80", "WARNING", "SM is 80, must be 90 or newer."),
-        ("auto", "90", "WARNING", "cluster_route did not load ("),  # there is no GPU
+        ("auto", "90", "INFO", "auto does not take this routing on SM 90."),
+        ("cluster", "90", "WARNING", "cluster_route did not load ("),  # there is no GPU
     ],
 )
 def test_it_is_said_once(setting: str, sm: str, level: str, why: str, fork_python: Run) -> None:

@@ -117,6 +117,30 @@ def empty_plan(ids: torch.Tensor, block_size: int, num_experts: int) -> ExpertPl
     return ExpertPlan(ids.new_empty(size), ids.new_empty(-(-size // block_size)), ids.new_empty(1))
 
 
+def is_plan_of(plan: ExpertPlan, ids: torch.Tensor, block_size: int, num_experts: int) -> bool:
+    """Whether a plan is one for these ids, by PyTorch on the CPU.
+
+    Args:
+        ids: `[M, columns]`, all of them experts.
+        num_experts: the shared one counts.
+    """
+    flat = ids.flatten().cpu().long()
+    experts, places = torch.sort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)
+    blocks = (counts + block_size - 1) // block_size
+    first = (blocks.cumsum(0) - blocks) * block_size
+    rank = torch.arange(len(flat), device="cpu") - (counts.cumsum(0) - counts)[experts]
+    total = int(blocks.sum()) * block_size
+    sorted_ids = torch.full((total,), len(flat), device="cpu")
+    sorted_ids[first[experts] + rank] = places
+    expert_ids = torch.repeat_interleave(torch.arange(num_experts, device="cpu"), blocks)
+    return (
+        plan.num_tokens_post_padded.tolist() == [total]
+        and torch.equal(plan.sorted_token_ids[:total].cpu().long(), sorted_ids)
+        and torch.equal(plan.expert_ids[: len(expert_ids)].cpu().long(), expert_ids)
+    )
+
+
 class Kernel(NamedTuple):
     """A loaded module."""
 

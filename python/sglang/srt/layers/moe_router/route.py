@@ -24,6 +24,7 @@ from sglang.srt.layers.moe_router.cluster_route import (
     Kernel,
     Routing,
     Variant,
+    is_plan_of,
     variants,
 )
 from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
@@ -330,7 +331,7 @@ def _loaded(plan: RoutePlan, sm: int, config: Any, own_select: OwnSelect) -> Rou
         logger.info("Routing: cluster_route did not load.", exc_info=True)
         return replace(plan, reason=f"cluster_route did not load ({first_line(error)})")
     if variant is None:
-        return replace(plan, reason="SGLang's own gives other ids or weights")
+        return replace(plan, reason="SGLang's own gives other ids, weights or another plan")
     return replace(plan, kernel=kernel, variant=variant)
 
 
@@ -352,13 +353,20 @@ def _find_variant(
         # With an M of each of the kernel's functions, and without a plan.
         for rows, size in ((16, 16), (32, 16), (64, 16), (MAX_NUM_TOKENS, 16), (MAX_NUM_TOKENS, 0)):
             found = [
-                kernel(each, bias, variant, plan.asked.scale_here, shared_weight, False, size)[:2]
+                kernel(each, bias, variant, plan.asked.scale_here, shared_weight, False, size)
                 for each in logits.split(rows)
             ]
-            weights, ids = (torch.cat(each) for each in zip(*found, strict=True))
+            ids = torch.cat([each[1] for each in found])
+            weights = torch.cat([each[0] for each in found])
             same_ids = torch.equal(ids, expected[0])
             if not (same_ids and torch.equal(weights.view(torch.int32), expected[1])):
                 break
+            num_experts = plan.num_experts + plan.asked.num_shared
+            if not all(
+                experts is None or is_plan_of(experts, each, size, num_experts)
+                for _, each, experts in found
+            ):
+                return None
         else:
             return variant
     return None
