@@ -49,7 +49,7 @@ _TEST_FILES = (
 )
 _BENCHMARK = "benchmark/kernels/deepseek"
 # They are about the plugin.
-_NOT_THERE = ("environments.py", "benchmark_gate_host_time.py")
+_NOT_THERE = ("environments.py", "benchmark_gate_host_time.py", "benchmark_route.py")
 
 # What tests and benchmark share lies in this package here, and in `sglang.test` there.
 _SHARED = ("check", "routing")
