@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +101,7 @@ _TOPK_CONFIG = {
 }
 
 
+@functools.cache  # two hooks and each row of doctor ask it of the same sources
 def examine_routing(package: Path) -> str | None:
     """Why the patch does not fit SGLang's top-k and alignment, in one phrase; None if it does.
 
@@ -118,7 +120,13 @@ def examine_routing(package: Path) -> str | None:
             _class(topk, _TOPK, "StandardTopKOutput"),
             {"topk_weights", "topk_ids", "router_logits"},
         )
-        if "get_global_expert_distribution_recorder" not in ast.unparse(topk):
+        imported = {
+            alias.name
+            for node in topk.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        if "get_global_expert_distribution_recorder" not in imported:
             raise _BrokenError("the top-k does not ask for a recorder")
         align = _parse(package, _ALIGN)
         _check_arguments(
