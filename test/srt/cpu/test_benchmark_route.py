@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +23,11 @@ sys.path.insert(0, str(FOLDER))  # as where the script is run as a file
 import benchmark_route as benchmark  # noqa: E402
 from benchmark_route import (  # noqa: E402
     GATE,
+    MODEL,
     NAMES,
     OURS,
     OURS_ALIGN,
+    SCALE_FUSED,
     SGLANG,
     SGLANG_ALIGN,
     TRITON,
@@ -42,7 +44,7 @@ from router_gemm_benchmark import timing  # noqa: E402
 from router_gemm_benchmark.providers import Provider, Skip  # noqa: E402
 
 from cpu.test_benchmark import exact, on_a_stand_in  # noqa: E402, F401
-from sglang.srt.layers.moe_router.models import DEEPSEEK_V3  # noqa: E402
+from sglang.srt.layers.moe_router.models import MODELS  # noqa: E402
 from sglang_router_gemm.routing import agreement, grouped_topk  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -65,6 +67,7 @@ def report() -> Report:
         num_tokens=list(benchmark.NUM_TOKENS),
         rounds=7,
         links=58,
+        model="Kimi-K2",
         skipped={"nobody": "because " * 30},
     )
     for m in found.num_tokens:
@@ -75,19 +78,17 @@ def report() -> Report:
     return found
 
 
-def _written(report: Report, folder: Path) -> str:
-    file = folder / "route.json"
-    file.write_text(json.dumps(asdict(report)))
-    return str(file)
-
-
 def test_a_json_gives_the_same_report_and_the_same_table(
     report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = _written(report, tmp_path)
-    assert benchmark.load(Path(file)) == report
-    assert benchmark.main(["--from-json", file]) == 0
+    file = tmp_path / "route.json"
+    file.write_text(json.dumps(asdict(report)))
+    assert benchmark.load(file) == report
+    assert benchmark.main(["--from-json", str(file)]) == 0
     assert capsys.readouterr().out == benchmark.table(report) + "\n"
+    older = {name: value for name, value in asdict(report).items() if name != "model"}
+    file.write_text(json.dumps(older))
+    assert benchmark.load(file) == replace(report, model="DeepSeek-V3")
 
 
 def test_the_table_has_every_median_in_its_place(report: Report) -> None:
@@ -103,22 +104,14 @@ def test_the_table_has_every_median_in_its_place(report: Report) -> None:
         assert all(word in header for word in re.split(r"topk_|moe_| ", name)), name
 
 
-def test_the_table_names_who_is_not_there_and_who_failed(report: Report) -> None:
-    text = benchmark.table(report)
-    assert "nobody is skipped: because because" in text
-    assert "ours: route FAILED, chain, M 128: made up" in text
-    assert "NVIDIA H100 80GB HBM3, SGLang 0.5.23, µs, 7 rounds" in text
-
-
-def test_the_table_fits_100_columns(report: Report) -> None:
+def test_the_table_names_all_in_100_columns(report: Report) -> None:
     for each in report.us:
         each.median_us = -123.456
-    assert max(map(len, benchmark.table(report).splitlines())) <= 100
-
-
-def test_a_run_that_timed_nothing_has_a_table(report: Report) -> None:
-    report.us = []
-    assert "nobody is skipped" in benchmark.table(report)
+    text = benchmark.table(report)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "nobody is skipped: because because" in text
+    assert "ours: route FAILED, chain, M 128: made up" in text
+    assert "NVIDIA H100 80GB HBM3, Kimi-K2, SGLang 0.5.23, µs, 7 rounds" in text
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"gpu": "it"}', '{"no_such_field": 1}'])
@@ -144,6 +137,7 @@ def _is_refused(argv: list[str], named: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
+        (["--model", "DeepSeek-V2"], "'DeepSeek-V2'"),
         (["--num-tokens", "0"], "'0', must be 1 to 128"),
         (["--num-tokens", "1", "129"], "'129', must be 1 to 128"),
         (["--rounds", "none"], "'none'"),
@@ -201,11 +195,13 @@ def test_the_options_and_their_defaults(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark_route.py"])
     benchmark.main([])
-    benchmark.main(["--num-tokens", "8", "1", "--rounds", "3", "--save-path", str(tmp_path)])
-    command = f"benchmark_route.py --num-tokens 8 1 --rounds 3 --save-path {tmp_path}"
+    options = ["--model", "GLM-5", "--num-tokens", "8", "1", "--rounds", "3"]
+    benchmark.main([*options, "--save-path", str(tmp_path)])
+    command = f"benchmark_route.py {' '.join(options)} --save-path {tmp_path}"
+    num_tokens = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
     assert with_a_gpu == [
-        ((1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 30, "benchmark_route.py", None),
-        ([8, 1], 3, command, tmp_path),
+        ("DeepSeek-V3", num_tokens, 30, "benchmark_route.py", None),
+        ("GLM-5", [8, 1], 3, command, tmp_path),
     ]
 
 
@@ -221,23 +217,32 @@ def test_a_failure_of_ours_or_no_number_is_exit_1(report: Report) -> None:
 # Who is there
 
 
-def test_the_routing_is_deepseek_v3s() -> None:
-    assert DEEPSEEK_V3.route is not None
-    groups = benchmark.GROUPS["num_expert_group"], benchmark.GROUPS["topk_group"]
-    assert DEEPSEEK_V3.route[:3] == (*groups, benchmark.TOP_K)
-    assert DEEPSEEK_V3[1:3] == (benchmark.NUM_EXPERTS, benchmark.HIDDEN_SIZE)
+def test_every_model_with_a_routing_can_be_measured() -> None:
+    assert list(SCALE_FUSED) == [each.name for each in MODELS if each.route is not None]
 
 
 @pytest.fixture
-def layers(publish_server_args: Callable[..., None]) -> Iterator[Layers]:
-    """Three links, with SGLang's own functions."""
+def layers(
+    publish_server_args: Callable[..., None], request: pytest.FixtureRequest
+) -> Iterator[Layers]:
+    """Three links of a model, with SGLang's own functions."""
+    model = getattr(request, "param", MODEL)
+    num_experts = benchmark.find_row(model).num_experts
     # SGLang compiles its routing on a CPU, which takes a while and changes nothing here.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield Layers(torch.zeros(3, 256, 8))
+        yield Layers(torch.zeros(3, num_experts, 8), model)
 
 
 @no_gpu
-def test_who_needs_a_gpu_is_skipped_with_a_reason(layers: Layers) -> None:
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        ("DeepSeek-V3", "SGLang has not found FlashInfer's fused_topk_deepseek"),
+        ("Kimi-K2", "with one group SGLang's own is its Triton router"),
+    ],
+    indirect=["layers"],
+)
+def test_who_needs_a_gpu_is_skipped_with_a_reason(layers: Layers, why: str) -> None:
     reasons = {}
     for name in NAMES:
         try:
@@ -245,7 +250,7 @@ def test_who_needs_a_gpu_is_skipped_with_a_reason(layers: Layers) -> None:
         except Skip as reason:
             reasons[name] = str(reason)
     assert reasons == {
-        "FlashInfer fused_topk_deepseek": "SGLang has not found FlashInfer's fused_topk_deepseek",
+        "FlashInfer fused_topk_deepseek": why,
         "SGLang Triton moe_fused_gate": "no CUDA device",
         "vLLM grouped_topk": "no CUDA device",
         "ours: route": "SM is None, must be 90 or newer",
@@ -275,7 +280,7 @@ from sglang_router_gemm.hooks import ALIGN, TOPK
 from benchmark_route import Layers
 select = importlib.import_module(TOPK).select_experts
 align = importlib.import_module(ALIGN).moe_align_block_size
-layers = Layers(torch.zeros(1, 256, 8))
+layers = Layers(torch.zeros(1, 256, 8), "DeepSeek-V3")
 for hooked, own in ((select, layers.select), (align, layers.align.func)):
     assert isinstance(hooked, functools.partial), hooked
     print(own.__module__, own.__qualname__, own is hooked.__wrapped__)
@@ -291,30 +296,40 @@ for hooked, own in ((select, layers.select), (align, layers.align.func)):
 # Whether they are right
 
 
-def _calls(layers: Layers, num_shared: int = 1, rows: int = 50) -> list[Call]:
-    """SGLang's own ids and weights, on every link."""
+def _calls(layers: Layers, fused: int = 1) -> list[Call]:
+    """SGLang's own ids and weights of 50 rows, on every link."""
     calls: list[Call] = []
     for link, configs in enumerate(zip(*layers.configs, strict=True)):
-        hidden_states, logits = torch.zeros(rows, 8), torch.randn(rows, 256)
-        weights, ids, _ = layers.select(hidden_states, logits, configs[num_shared])
+        hidden_states, logits = torch.zeros(50, 8), torch.randn(50, len(layers.biases[0]))
+        weights, ids, _ = layers.select(hidden_states, logits, configs[fused])
         calls.append((link, hidden_states, logits, (weights, ids, None)))
     return calls
 
 
 @no_gpu
-@pytest.mark.parametrize("num_shared", [0, 1])
-def test_sglangs_own_is_right_and_has_its_columns(layers: Layers, num_shared: int) -> None:
-    calls = _calls(layers, num_shared)
-    assert why_wrong(layers, calls, exact=True) is None
-    for link, _, logits, (_, ids, _) in calls:
-        expected = grouped_topk(logits.double(), layers.biases[link].double())
-        assert agreement(ids[:, :8].sort().values, expected) > 0.95
-    weights, ids, _ = calls[0][3]
-    assert ids.shape == weights.shape == (50, 8 + num_shared)
-    if num_shared:
-        assert ids[:, 8].unique().tolist() == [256]
-        assert weights[:, 8].unique().tolist() == pytest.approx([1 / 2.5])
-    assert weights[:, :8].sum(1).tolist() == pytest.approx([1.0] * 50)
+@pytest.mark.parametrize(
+    ("layers", "scale", "num_experts", "columns"),
+    [("DeepSeek-V3", 2.5, 257, 9), ("Kimi-K2", 2.827, 384, 8), ("GLM-5", 2.5, 256, 8)],
+    indirect=["layers"],
+)
+def test_sglangs_own_is_right_and_has_its_columns(
+    layers: Layers, scale: float, num_experts: int, columns: int
+) -> None:
+    assert layers.align.keywords["num_experts"] == num_experts
+    for fused in (0, 1):
+        calls = _calls(layers, fused)
+        assert why_wrong(layers, calls, exact=True) is None
+        shared = [num_experts - 1] * 50 * (columns - 8) * fused
+        for link, _, logits, (weights, ids, _) in calls:
+            logits, bias = logits.double(), layers.biases[link].double()
+            expected = (logits.sigmoid() + bias).topk(8).indices.sort().values
+            if layers.is_grouped:
+                expected = grouped_topk(logits, bias)
+            assert agreement(ids[:, :8].sort().values, expected) > 0.95
+            assert weights[:, :8].sum(1).tolist() == pytest.approx([1.0] * 50)
+            assert layers.configs[fused][link].routed_scaling_factor == scale
+            assert ids[:, 8:].flatten().tolist() == shared
+            assert weights[:, 8:].flatten().tolist() == pytest.approx([1 / scale] * len(shared))
 
 
 @no_gpu
@@ -337,7 +352,7 @@ def test_one_bit_one_expert_and_the_bias_of_another_link_are_seen(layers: Layers
 
 @no_gpu
 def test_who_rounds_otherwise_may_choose_otherwise_in_few_rows(layers: Layers) -> None:
-    calls = _calls(layers, num_shared=0)
+    calls = _calls(layers, fused=0)
     for _, _, _, (weights, ids, _) in calls:
         weights.zero_()
         ids.copy_(ids.flip(1))  # in any order
@@ -419,13 +434,9 @@ def bench(
         yield timing.Bench(256, 7168, 4, CPU)
 
 
-def _report() -> Report:
-    return Report("it", None, {}, "today", "a test", [1, 3], 4, 3)
-
-
-def _measured(bench: timing.Bench) -> tuple[Report, list[int]]:
+def _measured(bench: timing.Bench, model: str = MODEL) -> tuple[Report, list[int]]:
     """The report, and how many numbers were there whenever it was saved."""
-    report, saved = _report(), list[int]()
+    report, saved = Report("it", None, {}, "today", "a test", [1, 3], 4, 3, model), list[int]()
     benchmark.measure(report, bench, exact, lambda: saved.append(len(report.us)))
     return report, saved
 
@@ -437,7 +448,6 @@ def test_a_run_skips_and_fails_with_a_reason_and_times_the_rest(bench: timing.Be
     assert timed == [(GATE, 1), (SGLANG, 1), (GATE, 3), (SGLANG, 3)]
     assert saved == [2, 4]
     assert set(report.skipped) == set(NAMES) - {SGLANG, SGLANG_ALIGN}
-    assert report.skipped[TRITON] == "no CUDA device"
     # SGLang aligns on a GPU alone.
     failed = [(each.provider, each.mode, each.num_tokens) for each in report.failures]
     assert failed == [(SGLANG_ALIGN, "check", 1), (SGLANG_ALIGN, "check", 3)]
@@ -499,73 +509,88 @@ def test_every_link_has_a_bias_of_its_own_in_the_graph_too(
     # The check, two warm-up calls, and then graph after graph.
     assert links[:5] == [0, 1, 2, 0, 0]
     assert links[5:11] == [0, 1, 2] * 2
-    biases = Layers(bench.weights).biases
+    biases = Layers(bench.weights, MODEL).biases
     assert not any(biases[0].equal(each) for each in biases[1:])
 
 
 @no_gpu
-@pytest.mark.parametrize("mode", ["check", "chain"])
+@pytest.mark.parametrize(
+    ("model", "name", "mode"),
+    [
+        (MODEL, OURS_ALIGN, "check"),
+        (MODEL, OURS_ALIGN, "chain"),
+        ("GLM-5", TRITON, "check"),
+        (MODEL, TRITON, None),  # its weights may be others
+    ],
+)
 def test_what_is_wrong_is_said_and_has_no_time(
-    bench: timing.Bench, monkeypatch: pytest.MonkeyPatch, mode: str
+    bench: timing.Bench, monkeypatch: pytest.MonkeyPatch, model: str, name: str, mode: str | None
 ) -> None:
     def wrong(own: Route) -> Route:
         def route(h: torch.Tensor, logits: torch.Tensor, link: int, pdl: bool) -> Any:
             weights, ids = own(h, logits, link, pdl)
             captured = sys._getframe(2).f_code.co_name == "calls"
-            return (weights * 2 if captured or mode == "check" else weights), ids
+            return (weights * 2 if captured or mode != "chain" else weights), ids
 
         return route
 
-    _replaced(monkeypatch, OURS_ALIGN, wrong)
-    report, _ = _measured(bench)
+    _replaced(monkeypatch, name, wrong)
+    report, _ = _measured(bench, model)
     reasons = {
         (each.mode, each.num_tokens): each.reason
         for each in report.failures
-        if each.provider == OURS_ALIGN
+        if each.provider == name
     }
-    link = 1 if mode == "check" else 3
-    reason = f"other weights than SGLang's in link {link}"
-    assert reasons == {(mode, 1): reason, (mode, 3): reason}
-    assert {each.provider for each in report.us} == {GATE, SGLANG}
+    reason = f"other weights than SGLang's in link {1 if mode == 'check' else 3}"
+    assert reasons == ({(mode, 1): reason, (mode, 3): reason} if mode else {})
+    assert {each.provider for each in report.us} == {GATE, SGLANG, *([] if mode else [name])}
 
 
 # What `run` puts around it
 
 
 @pytest.fixture
-def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Provider], None]:
-    """Puts a provider in the place of the `cluster` GEMM, on a GPU of that name."""
+def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a provider in the place of the `cluster` GEMM of one N and K, on a GPU of that name."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
 
-    def put(provider: Provider) -> None:
+    def put(provider: Provider, *shape: int) -> None:
         from router_gemm_benchmark import providers
 
-        monkeypatch.setattr(providers, "all_providers", lambda *shape: [provider])
+        found = {shape: [provider]}
+        monkeypatch.setattr(providers, "all_providers", lambda n, k, device: found[n, k])
 
     return put
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "name"),
+    [
+        ("DeepSeek-V3", (256, 7168), "route_h200.json"),
+        ("GLM-5", (256, 6144), "route_h200_n256_k6144.json"),
+    ],
+)
 def test_without_the_gemm_nothing_is_timed_and_the_reason_is_saved(
-    on_one_gpu: Callable[[Provider], None], tmp_path: Path
+    on_one_gpu: Callable[..., None], tmp_path: Path, model: str, shape: tuple[int, int], name: str
 ) -> None:
     def absent() -> Any:
         raise Skip("SM is 80, must be 90 or newer")
 
-    on_one_gpu(Provider("ours: cluster", absent))
-    report = benchmark.run([4, 1, 4], 3, "a test", tmp_path / "new")
+    on_one_gpu(Provider("ours: cluster", absent), *shape)
+    report = benchmark.run(model, [4, 1, 4], 3, "a test", tmp_path / "new")
     assert report.skipped == {GATE: "SM is 80, must be 90 or newer"}
-    assert report.num_tokens == [1, 4]
+    assert (report.model, report.num_tokens) == (model, [1, 4])
     (file,) = (tmp_path / "new").iterdir()
-    assert file.name == "route_h200.json"
+    assert file.name == name
     assert benchmark.load(file) == report
 
 
 def test_without_a_producer_there_is_no_chain(
-    on_one_gpu: Callable[[Provider], None], monkeypatch: pytest.MonkeyPatch
+    on_one_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_one_gpu(Provider("ours: cluster", lambda: exact))
-    bench = SimpleNamespace(producer=None, producer_note="no nvcc")
-    monkeypatch.setattr(timing, "Bench", lambda *arguments: bench)
-    report = benchmark.run([1], 3, "a test", None)
+    on_one_gpu(Provider("ours: cluster", lambda: exact), 384, 7168)
+    benches = {(384, 7168): SimpleNamespace(producer=None, producer_note="no nvcc")}
+    monkeypatch.setattr(timing, "Bench", lambda n, k, *others: benches[n, k])
+    report = benchmark.run("Kimi-K2", [1], 3, "a test", None)
     assert (report.skipped, report.us) == ({GATE: "no nvcc"}, [])

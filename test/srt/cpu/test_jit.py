@@ -36,6 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of this test's own."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("TVM_FFI_CACHE_DIR", str(folder))
+    monkeypatch.setattr(jit, "_lost_s", 0.0)
     return folder
 
 
@@ -433,6 +434,25 @@ def test_a_compiler_that_hangs_is_killed_at_the_limit_and_the_waiting_give_up_wi
     (pid,) = (tmp_path / COUNT).read_text().split()
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
+
+
+def test_all_builds_of_a_process_that_fail_have_one_limit(
+    built: Path,
+    use_nvcc: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gate's and its routing's, whose compiler hangs. What the cache has is still there."""
+    use_nvcc(f"echo $$ >> {tmp_path / COUNT}; exec sleep 60")
+    monkeypatch.setattr(jit, "BUILD_LIMIT_S", 2.0)
+    started = time.monotonic()
+    with pytest.raises(jit.BuildError, match="is killed, it takes more than 2 s"):
+        jit.build(SPEC._replace(name="first"))
+    with pytest.raises(jit.BuildError, match="this process has waited 2 s for builds that failed"):
+        jit.build(SPEC._replace(name="second"))
+    assert time.monotonic() - started < 4
+    assert len((tmp_path / COUNT).read_text().split()) == 1
+    assert jit.build(SPEC) == built
 
 
 def test_a_compiler_that_was_killed_is_tried_once_more(

@@ -323,7 +323,7 @@ def test_a_failed_build_shows_the_compilers_words_and_leaves_nothing(machine: Ma
 
 
 LOAD = """
-import logging, torch
+import logging, sglang_router_gemm, torch
 logging.basicConfig(level=logging.INFO)
 from sglang.srt.layers.moe_router.plan import make_plan
 weight = torch.empty(256, 7168, dtype=torch.bfloat16, device="cuda")

@@ -188,7 +188,10 @@ def _canonical(plan: tuple[torch.Tensor, ...], block_size: int, length: int) -> 
 
 
 def _plan_mistakes(
-    found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], block_size: int
+    found: tuple[torch.Tensor, ...],
+    expected: tuple[torch.Tensor, ...],
+    block_size: int,
+    ours: bool = True,
 ) -> torch.Tensor:
     """How many places of a plan are not as in SGLang's, int64 `[]`.
 
@@ -196,8 +199,10 @@ def _plan_mistakes(
     """
     # SGLang < 0.5.23 does not round its length up to four.
     length = min(found[0].numel(), expected[0].numel())
-    keys = _canonical(expected, block_size, length).sort().values
-    wrong = (_canonical(found, block_size, length) != keys).sum()
+    keys = _canonical(found, block_size, length)
+    if not ours:
+        keys = keys.sort().values
+    wrong = (keys != _canonical(expected, block_size, length).sort().values).sum()
     return wrong + (found[2] != expected[2]).sum()
 
 
@@ -490,7 +495,7 @@ def seams() -> None:
             found = align(third.topk_ids, 32, num_experts)
             assert found[0] is not third.topk_ids.expert_plan.plan.sorted_token_ids
             own = _own_align(third.topk_ids, 32, num_experts)
-            assert int(_plan_mistakes(found, own, 32)) == 0
+            assert int(_plan_mistakes(found, own, 32, ours=False)) == 0
         # More tokens than the kernel takes, and logits of another dtype.
         hidden_states, logits = _tokens(16)
         for tokens in (_tokens(129), (hidden_states, logits.bfloat16())):
@@ -516,7 +521,8 @@ def _assert_sglang_aligns_what_is_not_planned(
         align(ids, 32, num_experts),
     ):
         assert found[0] is not plan.sorted_token_ids
-    assert int(_plan_mistakes(found, _own_align(ids, 32, num_experts), 32)) == 0
+    own = _own_align(ids, 32, num_experts)
+    assert int(_plan_mistakes(found, own, 32, ours=False)) == 0
 
 
 def padded_rows() -> None:
@@ -537,7 +543,8 @@ def padded_rows() -> None:
             assert bool((found.topk_ids[:live] >= 0).all())
             own = _own_align(expected.topk_ids, 16, num_experts)
             plan = align(found.topk_ids, 16, num_experts)
-            assert int(_plan_mistakes(plan, own, 16)) == 0, (num_experts, num_tokens, live)
+            mistakes = _plan_mistakes(plan, own, 16, ours=False)
+            assert int(mistakes) == 0, (num_experts, num_tokens, live)
 
 
 def experts() -> None:

@@ -77,18 +77,20 @@ class Variant(NamedTuple):
     """What differs between releases of SGLang, FlashInfer and Triton."""
 
     sum_order: SumOrder
-    shared_of_sum: bool
-    """The shared expert's weight is a share of the sum of the others', not a number."""
+    shared_order: SumOrder | None = None
+    """In which order the weights are added up whose sum the shared expert's weight is a share of;
+    None: it is a number."""
 
 
 def variants(routing: Routing) -> list[Variant]:
     """Those that were seen, the newest first.
 
-    The sum of the routed weights: SGLang up to 0.5.17; FOURS: Triton 3.6, NEAR: 3.8.
+    FOURS: Triton 3.6, NEAR: 3.8. A share of the sum: SGLang up to 0.5.17, in the order in which
+    PyTorch adds up a row (`block_x_reduce` in its Reduce.cuh), FAR today and NEAR in older ones.
     """
     orders = (SumOrder.NEAR, SumOrder.FOURS) if routing.uses_triton else (SumOrder.FAR,)
-    shared = (False, True) if routing.num_shared else (False,)
-    return [Variant(order, of_sum) for order in orders for of_sum in shared]
+    shared = (None, SumOrder.FAR, SumOrder.NEAR) if routing.num_shared else (None,)
+    return [Variant(order, each) for order in orders for each in shared]
 
 
 class ExpertPlan(NamedTuple):
@@ -190,8 +192,8 @@ class Kernel(NamedTuple):
             block_size,
             scale,
             shared_weight,
-            variant.shared_of_sum,
-            int(variant.sum_order),
+            variant.shared_order,
+            variant.sum_order,
             pdl,
         )
         return weights, ids, plan

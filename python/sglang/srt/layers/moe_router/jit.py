@@ -19,15 +19,17 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-# For all processes that wait for one build together: a collective of SGLang's waits 300 s or more.
+# What builds may take that come to nothing: of one module in all processes that wait for it, and
+# of all modules in one process. A collective of SGLang's waits 300 s or more.
 BUILD_LIMIT_S = 200.0
+_lost_s = 0.0  # by this process, so far
 _SEAL = b"\nrouter-gemm sha256 "
 _ADVICE = "set TVM_FFI_CACHE_DIR or FLASHINFER_WORKSPACE_BASE to a folder that only you may write"
 # With the features of exactly that GPU ("a"), as SGLang and FlashInfer compile.
@@ -105,31 +107,52 @@ def build(spec: Spec, instead_of: bytes | None = None) -> Path:
         BuildError: as `load`.
     """
     library = library_path(spec)
-    folder, started = library.parent, time.time()
 
     def is_there() -> bool:
         return _is_whole(library) and (instead_of is None or _sealed_digest(library) != instead_of)
 
     try:
         if not is_there():  # a cache that is whole need not be ours to write
-            _make_folder(folder)
-            with _lock(folder):
-                # Whoever waited for a build that failed gives up with the builder.
-                if reason := _failure_since(folder, started):
-                    raise BuildError(reason)
-                if not is_there():
-                    _compile(spec, library, started + BUILD_LIMIT_S)
+            _make_folder(library.parent)
+            with _counting_lost_time() as deadline:
+                _build_once(spec, library, deadline, is_there)
         _check_trusted(library)
-    except Timeout as error:
-        raise BuildError(f"{folder} is locked for {BUILD_LIMIT_S:.0f} s") from error
     except OSError as error:
-        raise BuildError(f"the cache {folder} cannot be used ({error})") from error
+        raise BuildError(f"the cache {library.parent} cannot be used ({error})") from error
     return library
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / "lock", timeout=BUILD_LIMIT_S, mode=0o644)
+def _counting_lost_time() -> Iterator[float]:
+    """Gives the time at which a build must end, and counts its seconds where it fails."""
+    global _lost_s
+    started = time.time()
+    if _lost_s >= BUILD_LIMIT_S:
+        raise BuildError(f"this process has waited {_lost_s:.0f} s for builds that failed")
+    try:
+        yield started + BUILD_LIMIT_S - _lost_s
+    except BaseException:
+        _lost_s += time.time() - started
+        raise
+
+
+def _build_once(spec: Spec, library: Path, deadline: float, is_there: Callable[[], bool]) -> None:
+    """Builds the module, or waits for whoever does."""
+    folder, started = library.parent, time.time()
+    try:
+        with _lock(folder, deadline - started):
+            # Whoever waited for a build that failed gives up with the builder.
+            if reason := _failure_since(folder, started):
+                raise BuildError(reason)
+            if not is_there():
+                _compile(spec, library, deadline)
+    except Timeout as error:
+        raise BuildError(f"{folder} is locked for {deadline - started:.0f} s") from error
+
+
+@contextmanager
+def _lock(folder: Path, limit_s: float) -> Iterator[None]:
+    lock = FileLock(folder / "lock", timeout=limit_s, mode=0o644)
     try:
         lock.acquire()
     except NotImplementedError:  # a volume without locks: two may build, each its own file
@@ -281,6 +304,7 @@ def _run_nvcc(spec: Spec, output: Path, deadline: float) -> None:
     nvcc = find_nvcc(spec.sm)
     command = [str(nvcc), *spec.flags(), f"-I{package / 'include'}", str(spec.source)]
     command += ["-o", str(output), f"-L{package / 'lib'}", "-ltvm_ffi"]
+    started = time.time()
     for attempt in ("first", "second"):
         # A session of its own: with nvcc end the compilers that it has started.
         with subprocess.Popen(
@@ -294,7 +318,7 @@ def _run_nvcc(spec: Spec, output: Path, deadline: float) -> None:
                 said, _ = process.communicate(timeout=max(deadline - time.time(), 0))
             except subprocess.TimeoutExpired as error:
                 os.killpg(process.pid, signal.SIGKILL)
-                limit = f"it takes more than {BUILD_LIMIT_S:.0f} s"
+                limit = f"it takes more than {deadline - started:.0f} s"
                 raise BuildError(f"{nvcc} is killed, {limit}") from error
         if process.returncode == 0:
             return

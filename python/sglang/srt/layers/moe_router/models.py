@@ -23,7 +23,7 @@ class Route(NamedTuple):
     top_groups: int
     top_k: int
     auto: tuple[int, ...] = ()
-    """The SMs where `auto` takes `cluster_route`. None yet: see docs/route.md."""
+    """The SMs where `auto` takes `cluster_route`: where it was seen to be the fastest."""
 
 
 class Model(NamedTuple):
@@ -51,7 +51,7 @@ MODELS: tuple[Model, ...] = (
         256,
         7168,
         {90: Auto("cluster", range(1, 129)), 100: _BLACKWELL, 103: _BLACKWELL},
-        Route(8, 4, 8),
+        Route(8, 4, 8, auto=(90,)),
     ),
     Model("Kimi-K2", 384, 7168, {90: Auto("cluster", range(1, 17))}, Route(1, 1, 8)),
     Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),

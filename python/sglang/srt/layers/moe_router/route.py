@@ -86,7 +86,7 @@ class Asked(NamedTuple):
 
     def shared_weight(self, variant: Variant) -> float:
         """The shared expert's weight, or its share of the others' sum."""
-        if not self.scale or (self.scales_here and not variant.shared_of_sum):
+        if not self.scale or (self.scales_here and variant.shared_order is None):
             return 1.0
         return 1.0 / self.scale
 

@@ -23,7 +23,9 @@ inline void check_tensor(
     const TensorView& tensor, const char* argument, int ndim, DLDataType dtype) {
   check(tensor.device().device_type == kDLCUDA, argument, "on a CUDA device");
   check(tensor.ndim() == ndim, argument, ndim == 1 ? "a vector" : "a matrix");
-  const char* name = dtype.code == kDLBfloat ? "bfloat16" : dtype.code == kDLFloat ? "float32" : "int32";
+  const char* name = dtype.code == kDLBfloat  ? "bfloat16"
+                     : dtype.code == kDLFloat ? "float32"
+                                              : "int32";
   check(tensor.dtype() == dtype, argument, name);
   // As in PyTorch, a tensor without elements is contiguous whatever its strides are.
   check(tensor.numel() == 0 || tensor.IsContiguous(), argument, "contiguous");

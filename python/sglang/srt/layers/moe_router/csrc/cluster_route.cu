@@ -45,7 +45,7 @@ void route(
     int64_t block_size,
     double scale,
     double shared_weight,
-    bool shared_of_sum,
+    Optional<int64_t> shared_order,
     int64_t sum_order,
     bool pdl) {
   check_tensor(logits, "logits", 2, kFloat32);
@@ -54,7 +54,8 @@ void route(
   check_tensor(ids, "ids", 2, kInt32);
   const int64_t num_tokens = logits.size(0);
   const bool align = sorted_ids.has_value();
-  const int64_t most = align ? kMaxTokens : std::numeric_limits<int32_t>::max() / Built::kNumExperts;
+  const int64_t most =
+      align ? kMaxTokens : std::numeric_limits<int32_t>::max() / Built::kNumExperts;
   if (num_tokens > most) {
     TVM_FFI_THROW(ValueError) << "num_tokens is " << num_tokens << ", must be " << most
                               << " or fewer";
@@ -62,7 +63,8 @@ void route(
   check(logits.size(1) == Built::kNumExperts, "logits", "[M, N] of the N it was built for");
   check(bias.size(0) == Built::kNumExperts, "bias", "[N] of the N it was built for");
   for (const auto& [tensor, name] : {std::pair{&weights, "weights"}, std::pair{&ids, "ids"}}) {
-    check(tensor->size(0) == num_tokens && tensor->size(1) == Built::kColumns, name, "[M, columns]");
+    const bool fits = tensor->size(0) == num_tokens && tensor->size(1) == Built::kColumns;
+    check(fits, name, "[M, columns]");
     check_same_device(*tensor, name, logits, "on logits' device");
   }
   check_same_device(bias, "bias", logits, "on logits' device");
@@ -88,9 +90,13 @@ void route(
   args.num_tokens = static_cast<int>(num_tokens);
   args.scale = scale;
   args.shared_weight = static_cast<float>(shared_weight);
-  args.shared_of_sum = shared_of_sum;
-  check(0 <= sum_order && sum_order <= 2, "sum_order", "0, 1 or 2");
-  args.sum_order = static_cast<SumOrder>(sum_order);
+  const auto order = [](int64_t value, const char* name) {
+    check(0 <= value && value <= 2, name, "0, 1 or 2");
+    return static_cast<SumOrder>(value);
+  };
+  args.shared_of_sum = shared_order.has_value();
+  args.shared_order = order(shared_order.value_or(0), "shared_order");
+  args.sum_order = order(sum_order, "sum_order");
   args.pdl = pdl;
   if (align) {
     check(

@@ -23,8 +23,8 @@ namespace router_gemm {
 
 // Whose arithmetic the weights have, to the bit.
 enum class Arithmetic { kFlashInfer, kTriton };
-// In which order they add up eight scores: first those four apart (FlashInfer), first those side by
-// side (Triton 3.8), or four after each other (Triton 3.6).
+// In which order they add up eight numbers: first those four apart (FlashInfer, newer PyTorch), first
+// those side by side (Triton 3.8, older PyTorch), or four after each other (Triton 3.6).
 enum class SumOrder { kFar, kNear, kFours };
 
 constexpr unsigned kAll = 0xffffffffu;
@@ -139,7 +139,8 @@ struct Routing {
   static_assert(kNumGroups == 1 || kEach >= 2, "a group is worth its two best");
   static_assert(1 <= kTopGroups && kTopGroups <= kNumGroups, "of the groups some are kept");
   static_assert(1 <= kTopK && kTopK <= 8, "top_k is 1 to 8");
-  static_assert(kTopK <= kNumExperts / kNumGroups * kTopGroups, "the groups kept have top_k experts");
+  static_assert(
+      kTopK <= kNumExperts / kNumGroups * kTopGroups, "the groups kept have top_k experts");
   static_assert(kShared == 0 || kShared == 1, "one shared expert at most");
 };
 
@@ -148,10 +149,11 @@ struct Arguments {
   float* weights;                       // [M, columns]
   int32_t* ids;                         // [M, columns]
   int num_tokens;
-  double scale;         // of the routed experts' weights
-  float shared_weight;  // of the shared expert,
-  bool shared_of_sum;   // or of the sum of the others' weights
-  SumOrder sum_order;   // of the scores
+  double scale;           // of the routed experts' weights
+  float shared_weight;    // of the shared expert,
+  bool shared_of_sum;     // or of the sum of the others' weights
+  SumOrder shared_order;  // of that sum
+  SumOrder sum_order;     // of the scores
   bool pdl;
   // The plan of the expert GEMM.
   int32_t *sorted_ids, *expert_ids, *num_tokens_post_padded;
@@ -250,8 +252,11 @@ __device__ __forceinline__ unsigned pick(Sorted<R::kEach> mine, int* picks) {
     const uint32_t best = __reduce_max_sync(kAll, mine.key[0]);
     const unsigned holders = __ballot_sync(kAll, mine.key[0] == best);
     ties |= holders & (holders - 1);
-    if (mine.key[0] == best && (!kTies || (holders & below) == 0)) {
+    const bool holds = mine.key[0] == best, lowest = holds && (holders & below) == 0;
+    if (lowest) {
       picks[rank] = lane * R::kEach + mine.at[0];
+    }
+    if (kTies ? lowest : holds) {
 #pragma unroll
       for (int i = 0; i + 1 < R::kKept; ++i) {
         mine.key[i] = mine.key[i + 1];
@@ -272,7 +277,8 @@ struct Chosen {
 
 // `scores` has room for N floats, `picks` for eight integers; both are this warp's own.
 template <typename R>
-__device__ __forceinline__ Chosen choose(const Arguments& args, int token, float* scores, int* picks) {
+__device__ __forceinline__ Chosen choose(
+    const Arguments& args, int token, float* scores, int* picks) {
   const unsigned lane = threadIdx.x % 32;
   float logits[R::kEach], bias[R::kEach];
   load_row<R>(args.logits + token * R::kNumExperts, logits);
@@ -317,8 +323,8 @@ __device__ __forceinline__ Chosen choose(const Arguments& args, int token, float
   }
   if constexpr (R::kShared == 1) {
     float shared = args.shared_weight;
-    if (args.shared_of_sum) {  // as PyTorch adds up a row
-      shared *= __shfl_sync(kAll, sum_of_eight(weight, SumOrder::kNear), 0);
+    if (args.shared_of_sum) {
+      shared *= __shfl_sync(kAll, sum_of_eight(weight, args.shared_order), 0);
     }
     weight = routed ? weight : shared;
   }
