@@ -45,7 +45,6 @@ NO_RESULTS = "No results of the benchmark are committed yet."
 # As a page in docs/ links to it.
 PLOTS = "../benchmark/kernels/deepseek/results/cluster"
 HEADLINE_RUN, HEADLINE_NUM_TOKENS = "h200.json", (1, 4, 8, 16, 64)
-ROUTE_RUN = "route/route_h200.json"
 
 
 def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
@@ -159,10 +158,8 @@ def settings_table() -> str:
     return _github(rows, ("variable", "values", "default"))
 
 
-def routing(run: Results | None) -> str:
+def routing(run: Results) -> str:
     """µs behind the gate's GEMM, by M, of everybody in a run of benchmark_route.py."""
-    if run is None:
-        return NO_RESULTS
     us = {(each["provider"], each["num_tokens"]): each["median_us"] for each in run["us"]}
     names = list(dict.fromkeys(each["provider"] for each in run["us"]))
     rows = [
@@ -170,10 +167,11 @@ def routing(run: Results | None) -> str:
         for m in run["num_tokens"]
     ]
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in NAMED)
+    model = run.get("model", DEEPSEEK_V3.name)
     return "\n\n".join(
         [
-            f"µs of the GEMM, and what each adds behind it ({run['gpu']}, {run['date'][:10]}; "
-            f"{versions}; `{run['command']}`):",
+            f"µs of the GEMM, and what each adds behind it ({model} on {run['gpu']}, "
+            f"{run['date'][:10]}; {versions}; `{run['command']}`):",
             _github(rows, ("M", *names)),
         ]
     )
@@ -240,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cluster": plotted,
         "headline": headline(_read(headline_run)),
         "not_measured": not_measured(servers, benchmarks),
-        "route": routing(_read(arguments.benchmarks / ROUTE_RUN)),
+        "route": "\n\n".join(map(routing, _load(arguments.benchmarks / "route"))) or NO_RESULTS,
         "settings": settings_table(),
         "shapes": speed([run for run in benchmarks if not _is_deepseek_v3(run)]),
         "speed": speed(benchmarks),

@@ -1,12 +1,14 @@
 """What stands between the gate's GEMM and the first expert GEMM, and how long it takes.
 
     python3 benchmark_route.py --num-tokens 1 8 64 --save-path results
+    python3 benchmark_route.py --model Kimi-K2 --save-path results
     python3 benchmark_route.py --from-json results/route_h200.json
 
-The `chain` of the router-GEMM benchmark: the norm ahead of the gate, the `cluster` GEMM, then a
-routing, 58 links in one CUDA graph, each with a weight and a bias of its own, as in DeepSeek-V3.
-What is printed and saved is a link less one without routing. Before that everybody is held
-against SGLang's own: ids, weights and plan of ours bit for bit. What is wrong is not timed.
+The `chain` of the router-GEMM benchmark: the norm ahead of the gate, the `cluster` GEMM, then the
+model's routing, in one CUDA graph of 58 links, the MoE layers of DeepSeek-V3, each with a weight
+and a bias of its own. What is printed and saved is a link less one without routing. Before that
+everybody is held against SGLang's own: ids, weights and plan of ours bit for bit. What is wrong is
+not timed.
 """
 
 from __future__ import annotations
@@ -32,19 +34,24 @@ if TYPE_CHECKING:
     from router_gemm_benchmark.providers import Gemm
     from router_gemm_benchmark.timing import Bench, Candidate, Failure
 
+    from sglang.srt.layers.moe_router.models import Model
+
 NUM_TOKENS, ROUNDS, WIDTH = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 30, 100
-# DeepSeek-V3's config.json. A shared expert that SGLang fuses is the ninth column.
-NUM_EXPERTS, HIDDEN_SIZE, TOP_K, SCALE = 256, 7168, 8, 2.5
-GROUPS, BLOCK_SIZE = {"num_expert_group": 8, "topk_group": 4}, 16
+MODEL, BLOCK_SIZE = "DeepSeek-V3", 16
+# What the table of models does not have: `routed_scaling_factor` in config.json, and how many
+# shared experts are fused here, each a column behind the others.
+SCALE_FUSED = {MODEL: (2.5, 1), "Kimi-K2": (2.827, 0), "GLM-5": (2.5, 1)}
 
 GATE, VLLM = "gate", "vLLM grouped_topk"
 FLASHINFER, TRITON = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
 SGLANG, SGLANG_ALIGN = "SGLang", "SGLang + align"
 OURS, OURS_ALIGN = "ours: route", "ours: route + align"
 NAMES = (FLASHINFER, TRITON, VLLM, SGLANG, SGLANG_ALIGN, OURS, OURS_ALIGN)
-LEGEND = "gate: the GEMM alone; the others: what they add. SGLang and + align: 9 columns, else 8."
-# Of two experts that are as good they may choose the other: in one row of thousands, M = 1 has 58.
-ROUND_OTHERWISE, LEAST_AGREEMENT = (TRITON, VLLM), 0.95
+LEGEND = (
+    "gate: the GEMM alone; the others: what they add. SGLang and + align: with the fused shared "
+    f"expert of {', '.join(name for name, (_, fused) in SCALE_FUSED.items() if fused)}."
+)
+LEAST_AGREEMENT = 0.95
 
 
 @dataclass
@@ -70,6 +77,7 @@ class Report:
     num_tokens: list[int]
     rounds: int
     links: int
+    model: str = MODEL  # older files have none
     producer: str = ""
     skipped: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -82,30 +90,47 @@ Call = tuple[int, "torch.Tensor", "torch.Tensor", Sequence[Any]]
 """A link, its hidden_states, bf16 `[M, K]`, and logits, fp32 `[M, N]`, and what `Route` gave."""
 
 
+def find_row(model: str) -> Model:
+    """The model in the table."""
+    from sglang.srt.layers.moe_router.models import MODELS
+
+    return next(each for each in MODELS if each.name == model)
+
+
 class Layers:
     """SGLang's own functions, and a bias and configs for each of `weights`, `[LINKS, N, K]`."""
 
-    def __init__(self, weights: torch.Tensor) -> None:
+    def __init__(self, weights: torch.Tensor, model: str) -> None:
         from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
         from sglang_router_gemm.hooks import ALIGN, TOPK
 
+        route = find_row(model).route
+        assert route is not None
+        num_groups, top_groups, self.top_k = route[:3]
+        scale, fused = SCALE_FUSED[model]
+        self.same: dict[str, Any] = {"num_expert_group": num_groups, "topk_group": top_groups}
+        self.same["routed_scaling_factor"] = scale
+        self.is_grouped = num_groups > 1
+        # Of two experts that are as good these may choose the other: in one row of thousands, M = 1
+        # has 58. With one group SGLang's own is its Triton router.
+        self.round_otherwise = {TRITON, VLLM} if self.is_grouped else {VLLM}
         self.device = device = weights.device
         set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device=device.type))
         self.topk: Any = importlib.import_module(TOPK)
         self.select = without_plugin(self.topk.select_experts)
         align = without_plugin(importlib.import_module(ALIGN).moe_align_block_size)
-        self.align = functools.partial(align, block_size=BLOCK_SIZE, num_experts=NUM_EXPERTS + 1)
+        num_experts = weights.shape[1] + fused
+        self.align = functools.partial(align, block_size=BLOCK_SIZE, num_experts=num_experts)
         self.links = {weight.data_ptr(): link for link, weight in enumerate(weights)}
-        self.biases = list(weights.new_empty(len(weights), NUM_EXPERTS).float().normal_(std=0.1))
-        self.configs = [[self._config(shared, bias) for bias in self.biases] for shared in (0, 1)]
+        self.biases = list(weights.new_empty(weights.shape[:2]).float().normal_(std=0.1))
+        self.configs = [[self._config(each, bias) for bias in self.biases] for each in (0, fused)]
 
     def _config(self, num_shared: int, bias: torch.Tensor) -> Any:
         fields: dict[str, Any] = {"num_fused_shared_experts": num_shared}
         if not hasattr(self.topk.TopKConfig, "num_fused_shared_experts"):  # SGLang 0.5.23
             fields = {"shared_experts": self.topk.SharedExpertsConfig(**fields)}
-        fields |= {"routed_scaling_factor": SCALE, "scoring_func": "sigmoid", **GROUPS}
-        fields |= {"use_grouped_topk": True, "correction_bias": bias}
-        return self.topk.TopKConfig(TOP_K + num_shared, **fields)
+        fields |= {"scoring_func": "sigmoid", "use_grouped_topk": True, "correction_bias": bias}
+        return self.topk.TopKConfig(self.top_k + num_shared, **fields, **self.same)
 
 
 def without_plugin(function: Any) -> Any:
@@ -119,21 +144,23 @@ def make_route(name: str, layers: Layers) -> Route:
 
     from sglang.srt.layers.moe_router.route import make_route_plan
 
-    biases, same = layers.biases, GROUPS | {"routed_scaling_factor": SCALE}
+    biases, top_k, same = layers.biases, layers.top_k, layers.same
     if name == FLASHINFER:
+        if not layers.is_grouped:
+            raise Skip("with one group SGLang's own is its Triton router")
         if getattr(layers.topk, "fused_topk_deepseek", None) is None:
             raise Skip("SGLang has not found FlashInfer's fused_topk_deepseek")
         flashinfer = functools.partial(layers.topk.biased_grouped_topk_gpu, **same)
-        return lambda h, logits, link, pdl: flashinfer(h, logits, biases[link], TOP_K, True)
+        return lambda h, logits, link, pdl: flashinfer(h, logits, biases[link], top_k, True)
     if name == TRITON:
         place = ("sglang.kernels.ops.moe.moe_fused_gate", "moe_fused_gate")
         triton = functools.partial(_kernel(layers.device, place), **same)
-        return lambda h, logits, link, pdl: triton(logits, biases[link], TOP_K)
+        return lambda h, logits, link, pdl: triton(logits, biases[link], top_k)
     if name == VLLM:
         module = "vllm.model_executor.layers.fused_moe.router.grouped_topk_router"
         kernel = _kernel(layers.device, (module, "fused_grouped_topk"))
         vllm = functools.partial(kernel, scoring_func="sigmoid", **same)
-        return lambda h, logits, link, pdl: vllm(h, logits, TOP_K, True, biases[link])
+        return lambda h, logits, link, pdl: vllm(h, logits, top_k, True, biases[link])
     if name in (SGLANG, SGLANG_ALIGN):  # the latter is aligned by the caller
         return lambda h, logits, link, pdl: layers.select(h, logits, layers.configs[1][link])[:2]
     with environment(SGLANG_ROUTER_GEMM_BACKEND="cluster"):
@@ -151,7 +178,7 @@ def why_wrong(layers: Layers, calls: Sequence[Call], exact: bool) -> str | None:
 
     shares = []
     for link, h, logits, (weights, ids, *plan) in calls:
-        own = layers.select(h, logits, layers.configs[ids.shape[1] - TOP_K][link])
+        own = layers.select(h, logits, layers.configs[ids.shape[1] - layers.top_k][link])
         shares.append(agreement(ids.sort().values, own.topk_ids.sort().values))
         wrong = why_plan_wrong(plan[0], layers.align(own.topk_ids)) if any(plan) else None
         if exact and not ids.equal(own.topk_ids):
@@ -182,7 +209,7 @@ def measure(report: Report, bench: Bench, gate: Gemm, save: Callable[[], None]) 
 
     from sglang.srt.layers.moe_router.packages import first_line
 
-    layers, routes = Layers(bench.weights), dict[str, Route]()
+    layers, routes = Layers(bench.weights, report.model), dict[str, Route]()
     last: dict[str, Call] = {}  # what was called last; of a graph, its memory stays its own
 
     def candidate(name: str) -> Candidate:
@@ -204,7 +231,7 @@ def measure(report: Report, bench: Bench, gate: Gemm, save: Callable[[], None]) 
             for weight in bench.weights:
                 call(h, weight, bench.empty_logits(provider, num_tokens), True)
                 calls.append(last[name])
-            return why_wrong(layers, calls, name not in ROUND_OTHERWISE)
+            return why_wrong(layers, calls, name not in layers.round_otherwise)
         except Exception as error:  # this provider is out, the run goes on
             return first_line(error)
 
@@ -217,7 +244,7 @@ def measure(report: Report, bench: Bench, gate: Gemm, save: Callable[[], None]) 
         reasons = {name: check(name, m) for name in routes}
         right = [name for name, reason in reasons.items() if reason is None]
         timings, failures = bench.measure([candidate(name) for name in (GATE, *right)], m, CHAIN)
-        exact = {each.provider for each in timings} - {GATE, *ROUND_OTHERWISE}
+        exact = {each.provider for each in timings} - {GATE, *layers.round_otherwise}
         wrong = {name: why_wrong(layers, [last[name]], exact=True) for name in exact}
         failures += [Failure(n, "check", m, reason) for n, reason in reasons.items() if reason]
         failures += [Failure(n, CHAIN.name, m, reason) for n, reason in wrong.items() if reason]
@@ -240,7 +267,8 @@ def table(report: Report) -> str:
     rows = [[str(m), *(us.get((name, m), "") for name in names)] for m in report.num_tokens]
     headers = ["M", *(re.sub(r"(?<!\+) |(?<=topk)_|(?<=moe)_", "\n", name) for name in names)]
     remarks = [
-        f"{report.gpu}, SGLang {report.versions.get('sglang')}, µs, {report.rounds} rounds",
+        f"{report.gpu}, {report.model}, SGLang {report.versions.get('sglang')}, µs, "
+        f"{report.rounds} rounds",
         LEGEND,
         *(f"{name} is skipped: {reason}" for name, reason in report.skipped.items()),
         *(f"{x.provider} FAILED, {x.mode}, M {x.num_tokens}: {x.reason}" for x in report.failures),
@@ -259,7 +287,9 @@ def load(path: Path) -> Report:
     return report
 
 
-def run(num_tokens: Sequence[int], rounds: int, command: str, save_path: Path | None) -> Report:
+def run(
+    model: str, num_tokens: Sequence[int], rounds: int, command: str, save_path: Path | None
+) -> Report:
     """Times everybody on the current GPU, and saves after each M."""
     import torch
     from router_gemm_benchmark import report as reports
@@ -269,19 +299,20 @@ def run(num_tokens: Sequence[int], rounds: int, command: str, save_path: Path | 
     device = torch.device("cuda", torch.cuda.current_device())
     where = torch.cuda.get_device_name(device), reports.driver_version(), reports.versions()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    report = Report(*where, date, command, sorted(set(num_tokens)), rounds, LINKS)
+    report = Report(*where, date, command, sorted(set(num_tokens)), rounds, LINKS, model)
+    shape = find_row(model)[1:3]  # N and K
 
     def save() -> None:
         if save_path is not None:
             save_path.mkdir(parents=True, exist_ok=True)
-            stem = reports.file_stem(report.gpu, NUM_EXPERTS, HIDDEN_SIZE)
+            stem = reports.file_stem(report.gpu, *shape)
             text = json.dumps(asdict(report), indent=1, allow_nan=False)
             (save_path / f"route_{stem}.json").write_text(text + "\n")
 
-    providers = all_providers(NUM_EXPERTS, HIDDEN_SIZE, device)
+    providers = all_providers(*shape, device)
     try:
         gate = next(each for each in providers if each.name == "ours: cluster").build()
-        bench = Bench(NUM_EXPERTS, HIDDEN_SIZE, rounds, device)
+        bench = Bench(*shape, rounds, device)
         report.producer = bench.producer_note
         if bench.producer is None:
             raise Skip(report.producer)
@@ -296,10 +327,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where nothing could be timed or ours failed, 2 for a bad argument."""
     parser = _Parser(usage="%(prog)s [options]", description=(__doc__ or "").splitlines()[0])
     add, tokens = parser.add_argument, _integer_in("M", 1, MAX_NUM_TOKENS)
+    which = "%(choices)s (default: %(default)s)"
+    add("--model", choices=SCALE_FUSED, default=MODEL, metavar="NAME", help=which)
     add("--num-tokens", type=tokens, nargs="+", default=NUM_TOKENS, metavar="M", help="1 to 128")
     many = _integer_in("the number of rounds", 1, 100_000)
     add("--rounds", type=many, default=ROUNDS, help="replays of each graph (default: %(default)s)")
-    add("--save-path", type=Path, metavar="DIR", help="write route_<gpu>.json there")
+    add("--save-path", type=Path, metavar="DIR", help="write route_<gpu>….json there")
     add("--from-json", type=Path, metavar="FILE", help="print that table again; needs no GPU")
     arguments = parser.parse_args(argv)
     if arguments.save_path is not None and arguments.save_path.is_file():
@@ -319,7 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     with torch.no_grad():
-        report = run(arguments.num_tokens, arguments.rounds, command, arguments.save_path)
+        given = arguments.model, arguments.num_tokens, arguments.rounds
+        report = run(*given, command, arguments.save_path)
     print(table(report))
     return int(not report.us or any(each.provider.startswith("ours") for each in report.failures))
 

@@ -309,7 +309,7 @@ def _calls(layers: Layers, fused: int = 1) -> list[Call]:
 @no_gpu
 @pytest.mark.parametrize(
     ("layers", "scale", "num_experts", "columns"),
-    [("DeepSeek-V3", 2.5, 257, 9), ("Kimi-K2", 2.827, 384, 8), ("GLM-5", 2.5, 256, 8)],
+    [("DeepSeek-V3", 2.5, 257, 9), ("Kimi-K2", 2.827, 384, 8), ("GLM-5", 2.5, 257, 9)],
     indirect=["layers"],
 )
 def test_sglangs_own_is_right_and_has_its_columns(

@@ -41,6 +41,7 @@ DEEPSEEK = Routing(256, 8, 4, 8, 0, renormalize=True)
 DEEPSEEK_SHARED = DEEPSEEK._replace(num_shared=1)
 KIMI = Routing(384, 1, 1, 8, 0, renormalize=True)
 GLM = Routing(256, 1, 1, 8, 0, renormalize=True)
+GLM_SHARED = GLM._replace(num_shared=1)
 SMALL = Routing(128, 4, 2, 6, 0, renormalize=True)
 LARGE = Routing(512, 1, 1, 8, 0, renormalize=True)
 V2 = Routing(160, 1, 1, 6, 0, renormalize=True)
@@ -48,7 +49,7 @@ V2 = Routing(160, 1, 1, 6, 0, renormalize=True)
 ODD = Routing(96, 4, 2, 6, 1, renormalize=True)
 
 CHUNK = 1 << 17  # rows that are drawn together
-USUAL_CHUNKS = {DEEPSEEK: 8, DEEPSEEK_SHARED: 8, KIMI: 2, GLM: 2}
+USUAL_CHUNKS = {DEEPSEEK: 8, DEEPSEEK_SHARED: 8, KIMI: 2, GLM: 2, GLM_SHARED: 2}
 NUM_TOKENS = range(1, 129)
 SCALE = 2.5
 REPLAYS = CALLS = 2000
@@ -343,7 +344,7 @@ def _skewed(num_experts: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("routing", [DEEPSEEK, DEEPSEEK_SHARED, KIMI], ids=_name)
+@pytest.mark.parametrize("routing", [DEEPSEEK, DEEPSEEK_SHARED, KIMI, GLM_SHARED], ids=_name)
 def test_the_plan_is_sglangs_own_in_ascending_order(routing: Routing, block_size: int) -> None:
     torch.manual_seed(3)
     pair, num_experts = _pair(routing), routing.num_experts
