@@ -50,7 +50,8 @@ def _as_served(publish_server_args: object) -> Iterator[None]:
 def _reasons(requested: str, sm: int, asked: Asked, n: int, deterministic: bool) -> dict[str, bool]:
     """Every reason, and whether it holds: the rules, written once more."""
     groups, top, k = asked.num_groups, asked.top_groups, asked.columns - asked.num_shared
-    taken = sm == 90 and (n, groups, top, k) == (256, 8, 4, 8)  # by `auto`
+    routings = (256, 8, 4, 8), (384, 1, 1, 8), (256, 1, 1, 8)
+    taken = sm == 90 and (n, groups, top, k) in routings  # by `auto`
     split, most = groups in {2**i for i in range(6)}, min(8, n // groups * top)
     raw, shared = groups > 1 and not asked.renormalize, asked.num_shared not in (0, 1)
     return {

@@ -69,6 +69,11 @@ def cluster_backend(monkeypatch: pytest.MonkeyPatch, publish_server_args: object
 # ---- Ours and SGLang's -------------------------------------------------------------------------
 
 
+def _topk() -> Any:
+    """SGLang's module; some of what it has differs between releases."""
+    return importlib.import_module(hooks.TOPK)
+
+
 def _own(module: str, name: str) -> Any:
     """SGLang's function, without our hook, which another test of this process may have set."""
     return inspect.unwrap(getattr(importlib.import_module(module), name))
@@ -86,7 +91,7 @@ def _own_align(ids: torch.Tensor, block_size: int, num_experts: int) -> tuple[to
 
 def _config(routing: Routing, bias: torch.Tensor, scale: float, applied: bool) -> Any:
     """SGLang's `TopKConfig`."""
-    topk: Any = importlib.import_module(hooks.TOPK)
+    topk = _topk()
     shared: dict[str, Any] = {"num_fused_shared_experts": routing.num_shared}
     if "shared_experts" in {each.name for each in dataclasses.fields(topk.TopKConfig)}:
         shared = {"shared_experts": topk.SharedExpertsConfig(**shared)}
@@ -154,6 +159,8 @@ class Pair(NamedTuple):
 
 def _pair(routing: Routing, scale: float = SCALE, applied: bool = False) -> Pair:
     """As a layer's load leaves it, which finds the variant."""
+    if routing.uses_triton and routing.num_shared and not hasattr(_topk(), "SharedExpertsConfig"):
+        pytest.skip("before 0.5.23 SGLang's Triton router divides twice for the shared weight")
     bias = torch.zeros(routing.num_experts, device="cuda")
     plan = make_route_plan(_config(routing, bias, scale, applied), _own_select())
     assert plan is not None
@@ -421,7 +428,7 @@ def _start_a_server_of_one() -> None:
 
 def _layer(routing: Routing, applied: bool) -> Any:
     """SGLang's `TopK` as its model builds it, with a random bias."""
-    topk: Any = importlib.import_module(hooks.TOPK)
+    topk = _topk()
     named = {
         "layer_id": 0,
         "use_grouped_topk": True,

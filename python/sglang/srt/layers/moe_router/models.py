@@ -53,9 +53,21 @@ MODELS: tuple[Model, ...] = (
         {90: Auto("cluster", range(1, 129)), 100: _BLACKWELL, 103: _BLACKWELL},
         Route(8, 4, 8, auto=(90,)),
     ),
-    Model("Kimi-K2", 384, 7168, {90: Auto("cluster", range(1, 17))}, Route(1, 1, 8)),
+    Model(
+        "Kimi-K2",
+        384,
+        7168,
+        {90: Auto("cluster", range(1, 17))},
+        Route(1, 1, 8, auto=(90,)),
+    ),
     Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),
-    Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}, Route(1, 1, 8)),
+    Model(
+        "GLM-5",
+        256,
+        6144,
+        {90: Auto("cluster", range(1, 17))},
+        Route(1, 1, 8, auto=(90,)),
+    ),
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
 )
 

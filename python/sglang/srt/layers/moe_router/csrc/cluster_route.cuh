@@ -324,7 +324,8 @@ __device__ __forceinline__ Chosen choose(
   if constexpr (R::kShared == 1) {
     float shared = args.shared_weight;
     if (args.shared_of_sum) {
-      shared *= __shfl_sync(kAll, sum_of_eight(weight, args.shared_order), 0);
+      const float sum_of_weights = sum_of_eight(routed ? weight : 0.0f, args.shared_order);
+      shared *= __shfl_sync(kAll, sum_of_weights, 0);
     }
     weight = routed ? weight : shared;
   }
