@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _BACKEND = "cluster"  # the setting that asks for it, besides `auto`
 _MIN_SM = 90
+_OTHER_BITS = "SGLang's own gives other ids, weights or another plan"
 
 OwnSelect = Callable[..., Any]
 """SGLang's `select_experts(hidden_states, router_logits, topk_config, ...)`."""
@@ -310,7 +311,8 @@ def make_route_plan(config: Any, own_select: OwnSelect) -> RoutePlan | None:
             assert sm is not None
             plan = _loaded(plan, sm, config, own_select)
         _plans[key] = plan
-        _announce(plan, wanted=reason is None or requested == _BACKEND)
+        could = reason is None and plan.reason != _OTHER_BITS  # which nobody can mend
+        _announce(plan, wanted=could or requested == _BACKEND)
     return _plans[key]
 
 
@@ -331,7 +333,7 @@ def _loaded(plan: RoutePlan, sm: int, config: Any, own_select: OwnSelect) -> Rou
         logger.info("Routing: cluster_route did not load.", exc_info=True)
         return replace(plan, reason=f"cluster_route did not load ({first_line(error)})")
     if variant is None:
-        return replace(plan, reason="SGLang's own gives other ids, weights or another plan")
+        return replace(plan, reason=_OTHER_BITS)
     return replace(plan, kernel=kernel, variant=variant)
 
 
