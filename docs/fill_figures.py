@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCHMARK))
 from router_gemm_benchmark import how_to_call  # noqa: E402
 
 try:
+    import torch
     from router_gemm_benchmark.report import accuracy_table, headline_mode, mode_table, plot_stem
     from tabulate import tabulate
 
@@ -136,7 +137,8 @@ def auto_table(models: Iterable[Model]) -> str:
             alike.setdefault(auto, []).append(str(sm))
         for auto, sms in alike.items():
             taken = f"{auto.num_tokens[0]}-{auto.num_tokens[-1]}"
-            shape = f"{model.num_experts} x {model.hidden_size}"
+            fp32 = " fp32" if model.dtype == torch.float32 else ""
+            shape = f"{model.num_experts} x {model.hidden_size}{fp32}"
             rows.append((model.name, shape, ", ".join(sms), taken, f"`{auto.backend}`"))
     return _github(rows, ("model", "N x K", "SM", "M", "`auto` takes"))
 

@@ -1,6 +1,7 @@
 """What a decode step of DeepSeek-V3 gains on one of eight ranks: SGLang's server, from its traces.
 
     python3 benchmark/server/run_dsv3_rank.py --output-dir results
+    python3 benchmark/server/run_dsv3_rank.py --from-json FILE --output-dir results
 
 Needs one Hopper GPU with 100 GB, SGLang and this package, no model files. The server has all
 61 layers of one rank at TP 8, FP8 dummy weights of DeepSeek-V3's block quantisation; what is
@@ -10,8 +11,9 @@ size is profiled over some hundred decode steps. Kernels are timed by the GPU's 
 - a step: from a layer's first expert GEMM to the same layer's in the next step;
 - the routing: from the end of the norm ahead of a gate to the start of the first expert GEMM.
 
-Writes `dsv3_rank_<SGLang's version>.json` and `.md`; exits with 1 where a backend other than
-`off` was not taken.
+Writes `dsv3_rank_<GPU>_<SGLang's version>.json`, `.md` and, with matplotlib, `.png`; `--from-json`
+does that again from such a JSON, without a GPU. Exits with 1 where a backend other than `off` was
+not taken.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import _setup  # noqa: F401
 import requests
@@ -39,12 +41,22 @@ from dsv3_server import (
     tp8_rank_config,
 )
 from dsv3_trace import by_stream, read_trace, short_name
+from router_gemm_benchmark.report import file_stem
 from router_gemm_benchmark.timing import LINKS, quartiles
 from tabulate import tabulate
+
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BATCH_SIZES = (1, 8, 16, 32, 64)
 STEPS = 200
 EXPERT_GEMM = "fused_moe_kernel"
+DRAWN_SIZE = "16"
+COLORS = ("tab:purple", "tab:orange")  # of the backend and of `off`
+
+Results = dict[str, Any]
 
 
 class Kernel(NamedTuple):
@@ -110,108 +122,209 @@ def profile(server: Server, folder: Path, batch_size: int, steps: int) -> Path:
     raise RuntimeError(f"the server wrote no profile of batch size {batch_size}")
 
 
-def rows(traces: dict[str, dict[int, Trace]], of: str, digits: int) -> list[tuple[str, ...]]:
+def as_json(trace: Trace) -> Results:
+    return {
+        "step": quartiles(trace.step_us) if trace.step_us else None,
+        "routing": quartiles(trace.routing_us) if trace.routing_us else None,
+        "timeline": trace.timeline,
+    }
+
+
+def measured(us: Results, of: str) -> dict[str, list[Sequence[float]]]:
+    """By batch size the quartiles with each backend, where all of them have some."""
+    found = {
+        size: [by_size.get(size, {}).get(of) for by_size in us.values()]
+        for size in next(iter(us.values()))
+    }
+    return {size: each for size, each in found.items() if all(each)}
+
+
+def shorter_by(each: Sequence[Sequence[float]]) -> float:
+    """How many % the first median is below the last."""
+    return 100 * (1 - each[0][1] / each[-1][1])
+
+
+def rows(us: Results, of: str, digits: int) -> list[tuple[str, ...]]:
     """A row a batch size: median and quartiles with each backend, and what the first one saves."""
-    table = []
-    for size in BATCH_SIZES:
-        values = [getattr(each[size], of) for each in traces.values() if size in each]
-        if len(values) < len(traces) or not all(values):
-            continue
-        shown = [quartiles(each) for each in values]
-        first, last = shown[0][1], shown[-1][1]
-        texts = [f"{m:.{digits}f} ({a:.{digits}f}-{b:.{digits}f})" for a, m, b in shown]
-        table.append((str(size), *texts, f"{100 * (1 - first / last):.1f} %"))
-    return table
+    return [
+        (
+            size,
+            *(f"{m:.{digits}f} ({a:.{digits}f}-{b:.{digits}f})" for a, m, b in each),
+            f"{shorter_by(each):.1f} %",
+        )
+        for size, each in measured(us, of).items()
+    ]
 
 
-def timelines(traces: dict[str, dict[int, Trace]], size: int) -> str:
+def timelines(us: Results, size: str) -> str:
     found = []
-    for backend, by_size in traces.items():
+    for backend, by_size in us.items():
         if size not in by_size:
             continue
-        lines = [(k.name, f"{k.start:.1f}", f"{k.end:.1f}") for k in by_size[size].timeline]
+        lines = [(name, f"{a:.1f}", f"{b:.1f}") for name, a, b in by_size[size]["timeline"]]
         table = tabulate(lines, ("kernel", "start", "end"), "github", disable_numparse=True)
         found.append(f"`{backend}`, batch {size}:\n\n{table}")
     return "\n\n".join(found)
 
 
-def save(
-    folder: Path,
-    where: dict[str, str],
-    server: Server,
-    steps: int,
-    log_lines: Sequence[str],
-    traces: dict[str, dict[int, Trace]],
-) -> str:
-    """The report so far; its text."""
-    headers = ("batch", *(f"{name}, µs" for name in traces), "shorter by")
+def report(results: Results, picture: str | None) -> str:
+    """The text, from what the JSON file holds."""
+    us = results["us"]
+    headers = ("batch", *(f"{name}, µs" for name in us), "shorter by")
     table = partial(tabulate, headers=headers, tablefmt="github", disable_numparse=True)
-    text = "\n\n".join(
+    return "\n\n".join(
         [
             "# One rank of DeepSeek-V3 at TP 8: SGLang's server, decode steps",
-            "\n".join(f"- {name}: {value}" for name, value in where.items()),
-            f"All 61 layers, FP8 dummy weights, no all-reduce; {steps} steps a profile, one server "
-            "after the other. Median and quartiles.",
-            f"```\n{server.shown_command}\n```",
+            *(
+                [f"![Decode steps, and what runs ahead of the experts]({picture})"]
+                if picture
+                else []
+            ),
+            "\n".join(f"- {name}: {value}" for name, value in results["environment"].items()),
+            f"All 61 layers, FP8 dummy weights, no all-reduce; {results['steps']} steps a profile, "
+            "one server after the other. Median and quartiles.",
+            f"```\n{results['command']}\n```",
             "A step, from a layer's first expert GEMM to the same layer's in the next step:",
-            table(rows(traces, "step_us", 0)),
+            table(rows(us, "step", 0)),
             "From the end of the norm ahead of a gate to the start of the first expert GEMM:",
-            table(rows(traces, "routing_us", 2)),
+            table(rows(us, "routing", 2)),
             "The layer in the middle, µs after the end of the norm:",
-            *(timelines(traces, size) for size in (1, 16, 64)),
-            "```\n" + "\n".join(log_lines) + "\n```",
+            *(timelines(us, size) for size in ("1", "16", "64")),
+            "```\n" + "\n".join(results["log_lines"]) + "\n```",
         ]
     )
-    results = {
-        "environment": where,
-        "command": server.shown_command,
-        "steps": steps,
-        "log_lines": log_lines,
-        "us": {
-            backend: {
-                size: {
-                    "step": quartiles(trace.step_us) if trace.step_us else None,
-                    "routing": quartiles(trace.routing_us) if trace.routing_us else None,
-                    "timeline": trace.timeline,
-                }
-                for size, trace in by_size.items()
-            }
-            for backend, by_size in traces.items()
-        },
-    }
-    name = f"dsv3_rank_{where['sglang']}"
-    (folder / f"{name}.md").write_text(text + "\n")
+
+
+def draw_steps(axes: Axes, steps: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """A bar a batch size."""
+    shorter = [shorter_by(each) for each in steps.values()]
+    bars = axes.bar([f"batch {size}" for size in steps], shorter, width=0.6, color=COLORS[0])
+    percents = [f"{each:.1f} %" for each in shorter]
+    white = {"color": "white", "fontsize": "large", "fontweight": "bold"}
+    axes.bar_label(bars, percents, label_type="center", **white)
+    times = [f"{each[-1][1] / 1000:.1f} → {each[0][1] / 1000:.1f} ms" for each in steps.values()]
+    axes.bar_label(bars, times, padding=3)
+    axes.margins(y=0.2)
+    axes.set_ylabel("shorter by, %")
+    axes.set_title(f"Decode step: {min(shorter):.0f} to {max(shorter):.0f} % shorter")
+
+
+def draw_timelines(axes: Axes, us: Results, routing: Sequence[Sequence[float]]) -> None:
+    """A row a kernel, `off` above; what lies ahead of the expert GEMM is shaded."""
+    medians = [median for _, median, _ in routing]
+    limit = 1.15 * max(medians)
+    row, middles = 0, []
+    for backend, color in zip(reversed(us), reversed(COLORS[: len(us)]), strict=True):
+        *ahead, (_, experts, _) = us[backend][DRAWN_SIZE]["timeline"]
+        bars = [(name.rsplit("::", 1)[-1].removesuffix("_kernel"), *span) for name, *span in ahead]
+        bars.append(("expert GEMM", experts, limit))
+        middles.append(row + (len(bars) - 1) / 2)
+        axes.barh(middles[-1], experts, len(bars), color=color, alpha=0.15)
+        for at, (name, start, end) in enumerate(bars, row):
+            axes.barh(at, end - start, left=start, color="grey" if end == limit else color)
+            on_left = end == limit or start > limit / 2
+            axes.annotate(
+                name,
+                (start if on_left else end, at),
+                (-4 if on_left else 4, 0),
+                textcoords="offset points",
+                horizontalalignment="right" if on_left else "left",
+                verticalalignment="center",
+            )
+        row += len(bars) + 1
+    labels = [f"{name}\n{median:.1f} µs" for name, median in zip(us, medians, strict=True)]
+    axes.set_yticks(middles, labels[::-1], fontsize="large", fontweight="bold")
+    axes.tick_params("y", length=0)
+    axes.set_ylim(row - 1, -1)
+    axes.set_xlim(-0.03 * limit, limit)
+    axes.set_xlabel("µs after the end of the norm")
+    less = f"{medians[-1] - medians[0]:.1f} µs less, {LINKS} times a step"
+    axes.set_title(f"From the norm to the first expert GEMM, batch {DRAWN_SIZE}: {less}")
+
+
+def save_plot(results: Results, path: Path) -> bool:
+    """Whether there was enough to draw, and matplotlib."""
+    us = results["us"]
+    routing = measured(us, "routing").get(DRAWN_SIZE)
+    if routing is None:
+        return False
+    try:
+        import matplotlib
+    except ImportError:
+        print("No picture: matplotlib is not installed; --from-json draws it elsewhere.")
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(
+        2, figsize=(9, 7), height_ratios=(2, 5), layout="constrained"
+    )
+    where = results["environment"]
+    title = f"DeepSeek-V3 with the plugin ({next(iter(us))}) and without (off)"
+    what = f"one rank of TP 8, no all-reduce; {where['GPU']}, SGLang {where['sglang']}"
+    figure.suptitle(f"{title}\n{what}", fontweight="bold")
+    draw_steps(upper, measured(us, "step"))
+    draw_timelines(lower, us, routing)
+    for axes, along in ((upper, "y"), (lower, "x")):
+        axes.grid(axis=along, alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def save(results: Results, folder: Path) -> str:
+    """Writes what is there so far; the text of the report."""
+    where = results["environment"]
+    gpu = file_stem(where["GPU"], DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size)
+    name = f"dsv3_rank_{gpu}_{where['sglang']}"
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
+    drawn = save_plot(results, folder / f"{name}.png")
+    text = report(results, f"{name}.png" if drawn else None)
+    (folder / f"{name}.md").write_text(text + "\n")
     return text
 
 
 def main() -> int:
     parser = argument_parser(__doc__, backend="auto", num_layers=None)
     parser.add_argument("--steps", type=int, default=STEPS, help="of a profile")
+    redrawn = "write the report again, without a GPU"
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help=redrawn)
+    arguments = parser.parse_args()
+    if arguments.from_json is not None:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        print(save(json.loads(arguments.from_json.read_text()), arguments.output_dir))
+        return 0
     arguments = parse_arguments(parser)
-    where = environment()
     extra = ["--mem-fraction-static", "0.9", "--max-total-tokens", "65536"]
     extra += [*graph_options(BATCH_SIZES), *arguments.server_options]
-    traces: dict[str, dict[int, Trace]] = {}
     log_lines: list[str] = []
+    results: Results = {
+        "environment": environment(),
+        "command": "",
+        "steps": arguments.steps,
+        "log_lines": log_lines,
+        "us": {},
+    }
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(4) as pool:
         model = Path(folder, "model")
         model.mkdir()
         (model / "config.json").write_text(json.dumps(tp8_rank_config(), indent=2))
         for backend in (arguments.backend, "off"):
             log = arguments.output_dir / f"server_{backend}.log"
-            futures: dict[int, Future[Trace]] = {}
-            traces[backend] = {}
+            futures: dict[str, Future[Trace]] = {}
 
             def save_what_is_read(
-                server: Server, backend: str = backend, futures: dict[int, Future[Trace]] = futures
+                backend: str = backend, futures: dict[str, Future[Trace]] = futures
             ) -> str:
                 # After each profile: a run that is cut short is not lost.
-                read_by_now = {size: each.result() for size, each in futures.items() if each.done()}
-                traces[backend] = read_by_now
-                return save(arguments.output_dir, where, server, arguments.steps, log_lines, traces)
+                results["us"][backend] = {
+                    size: as_json(each.result()) for size, each in futures.items() if each.done()
+                }
+                return save(results, arguments.output_dir)
 
             with running(model, log, arguments.port, backend, extra) as server:
+                results["command"] = server.shown_command
                 print(f"{backend}: up after {server.wait():.0f} s", flush=True)
                 lines = log.read_text().splitlines()
                 log_lines.extend(
@@ -219,11 +332,11 @@ def main() -> int:
                 )
                 for size in BATCH_SIZES:
                     path = profile(server, Path(folder, backend, str(size)), size, arguments.steps)
-                    futures[size] = pool.submit(read, path)
-                    save_what_is_read(server)
+                    futures[str(size)] = pool.submit(read, path)
+                    save_what_is_read()
                     print(f"{backend}: batch {size} is profiled", flush=True)
             wait(futures.values())
-            text = save_what_is_read(server)
+            text = save_what_is_read()
     print(text)
     return int(arguments.backend != "off" and not patch_taken("\n".join(log_lines)))
 

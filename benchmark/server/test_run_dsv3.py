@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 import run_dsv3_decode as decode
 import run_dsv3_load as load
+import run_dsv3_rank as one_rank
 import run_dsv3_ranks as ranks
 import run_dsv3_whole as whole
 import torch
 from dsv3_server import Server, full_width_config, patch_taken, script_call
 from dsv3_trace import last_step, routing_us
+from router_gemm_benchmark.timing import LINKS
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 
@@ -329,6 +332,55 @@ def test_the_plots_are_written_from_the_json_alone(tmp_path: Path) -> None:
     nothing_yet = made_up_results() | {"step_us": {"1": [[14000.0], []]}}
     saved = whole.save_plots(json.loads(json.dumps(nothing_yet)), tmp_path, svg=True)
     assert [path.suffix for path in saved] == [".png", ".svg"] * 2
+
+
+def test_a_layer_of_a_rank_is_read_off_its_profile(tmp_path: Path) -> None:
+    """What comes first, a prefill, is left out; so is the second GEMM of a layer."""
+    events = trace(steps=3, gates=LINKS)
+    for place in range(3 * LINKS):
+        start = 100.0 * place + (20 if place < 10 else 11)
+        events += [kernel(one_rank.EXPERT_GEMM, each, 20) for each in (start, start + 30)]
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    read = one_rank.read(path)
+    assert set(read.step_us) == {100.0 * LINKS}
+    assert set(read.routing_us) == {6.0}
+    assert read.timeline == [
+        ("cluster_router_gemm_kernel", -1.5, 1.5),
+        ("topk_kernel", 3, 5),
+        (one_rank.EXPERT_GEMM, 6, 26),
+    ]
+
+
+RANKS = sorted((Path(__file__).parent / "results").glob("dsv3_rank_*.json"))
+
+
+@pytest.mark.parametrize("path", RANKS, ids=lambda path: path.stem)
+def test_the_report_of_a_rank_is_written_from_its_json_alone(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["", "--from-json", str(path), "--output-dir", str(tmp_path / "new")]
+    )
+    assert one_rank.main() == 0
+    names = [f"{path.stem}.{ending}" for ending in ("json", "md", "png")]
+    assert sorted(each.name for each in (tmp_path / "new").iterdir()) == names
+    for name in names[:2]:
+        assert (tmp_path / "new" / name).read_text() == (path.parent / name).read_text()
+    assert f"]({names[2]})" in (tmp_path / "new" / names[1]).read_text()
+    assert (tmp_path / "new" / names[2]).stat().st_size > 1000
+
+
+def test_a_rank_without_matplotlib_or_cut_short_has_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = json.loads(RANKS[0].read_text())
+    del results["us"]["off"][one_rank.DRAWN_SIZE]
+    assert "![" not in (text := one_rank.save(results, tmp_path))
+    assert text.count(" %") == 2 * 4
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "![" not in one_rank.save(json.loads(RANKS[0].read_text()), tmp_path)
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_the_report_says_how_it_was_taken() -> None:

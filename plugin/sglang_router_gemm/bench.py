@@ -137,7 +137,7 @@ def recommend(us: Mapping[str, Mapping[int, float]], target: Target) -> str:
     if own is None:
         return AUTO
     settings = {OFF: own} | {name: {**own, **us[name]} for name in us if name != OWN}
-    taken = decide(AUTO, target, torch.bfloat16, lambda backend: None)
+    taken = decide(AUTO, target, lambda backend: None)
     auto = dict(own)
     if taken.backend is not None:
         served = us.get(taken.backend.name, {})

@@ -47,6 +47,7 @@ class _BrokenError(Exception):
     pass
 
 
+@functools.cache  # each gate's module asks it of the same sources
 def examine(package: Path) -> Contract:
     """Reads the contract off SGLang's sources.
 

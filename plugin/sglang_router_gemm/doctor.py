@@ -78,18 +78,19 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         device: where the gate would be.
         sm: 10 * major + minor of its compute capability, None for a CPU.
     """
-    target = Target(device, sm, model.num_experts, model.hidden_size)
+    target = Target(device, sm, model.num_experts, model.hidden_size, model.dtype)
     asked: dict[str, Kernel] = {}
 
     def unavailable(backend: Backend) -> str | None:
         asked[backend.name] = find_kernel(backend, target)
         return why_not_loaded() or asked[backend.name].problem
 
-    decision = decide(requested_backend(), target, torch.bfloat16, unavailable)
+    decision = decide(requested_backend(), target, unavailable)
     return {
         "model": model.name,
         "num_experts": model.num_experts,
         "hidden_size": model.hidden_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "as_asked": _is_as_asked(decision),
         "paths": [
             {
@@ -215,7 +216,8 @@ def _gates(models: list[dict[str, Any]]) -> str:
             rows.append(
                 (
                     model["model"],
-                    f"{model['num_experts']} x {model['hidden_size']}",
+                    f"{model['num_experts']} x {model['hidden_size']}"
+                    + (" fp32" if model["dtype"] == "float32" else ""),
                     path["num_tokens"],
                     path["path"],
                 )

@@ -9,6 +9,7 @@ what is imported, and by then ours is part of it.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -30,7 +31,13 @@ ALIGN = "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
 
 def register() -> None:
     """Patches each of SGLang's modules when it is imported, or now, where it is."""
-    for name, patch in PATCHES.items():
+    from sglang.srt.layers.moe_router.models import GATES
+
+    plain = {
+        f"sglang.srt.models.{each.module}": functools.partial(patch_plain_gate, each.name)
+        for each in GATES
+    }
+    for name, patch in (PATCHES | plain).items():
         wrapt.register_post_import_hook(functools.partial(_guarded, patch), name)
 
 
@@ -66,27 +73,47 @@ def patch_gate(model: ModuleType) -> None:
     if contract.in_tree:
         logger.info("Router GEMM: SGLang's %s has the fast path, the plugin rests.", GATE_CLASS)
         return
-    gate_class = _sglangs_own(getattr(model, GATE_CLASS))
-    if gate_class is None:
+    _hook(model, GATE_CLASS, _forward_with_batch)
+
+
+def patch_plain_gate(name: str, model: ModuleType) -> None:
+    """The same for a gate of `models.GATES`."""
+    if examine(_package(model)).problem is not None:
+        return  # `patch_gate` says so
+    taken = ", ".join(inspect.signature(getattr(model, name).forward).parameters)
+    if taken != "self, hidden_states":
         logger.warning(
-            "Router GEMM: another plugin has replaced %s.%s, that one serves.", MODEL, GATE_CLASS
+            "Router GEMM: this SGLang's %s.%s does not fit, it serves itself: forward takes (%s), "
+            "must take (self, hidden_states).",
+            model.__name__,
+            name,
+            taken,
+        )
+        return
+    _hook(model, name, _plain_forward)
+
+
+def _hook(
+    model: ModuleType, name: str, make_forward: Callable[..., Callable[..., torch.Tensor]]
+) -> None:
+    """Hooks SGLang's class of this name, which another plugin may have subclassed."""
+    for gate_class in getattr(model, name).__mro__:
+        if (gate_class.__module__, gate_class.__qualname__) == (model.__name__, name):
+            break
+    else:
+        logger.warning(
+            "Router GEMM: another plugin has replaced %s.%s, that one serves.",
+            model.__name__,
+            name,
         )
         return
     if "router_plan" not in vars(gate_class):  # else it is hooked
-        _hook(gate_class)
-        logger.info("Router GEMM: %s.%s is hooked.", MODEL, GATE_CLASS)
+        _hook_class(gate_class, make_forward)
+        logger.info("Router GEMM: %s.%s is hooked.", model.__name__, name)
 
 
-def _sglangs_own(gate_class: type) -> Any:
-    """SGLang's class, which another plugin may have subclassed; None if it has not even that."""
-    for each in gate_class.__mro__:
-        if (each.__module__, each.__qualname__) == (MODEL, GATE_CLASS):
-            return each
-    return None
-
-
-def _hook(gate_class: Any) -> None:
-    from sglang.srt.models.deepseek_v2_gate import plan_gate, router_logits
+def _hook_class(gate_class: Any, make_forward: Callable[..., Callable[..., torch.Tensor]]) -> None:
+    from sglang.srt.models.deepseek_v2_gate import plan_gate
 
     own_init: Callable[..., None] = gate_class.__init__
     own_forward: Callable[..., torch.Tensor] = gate_class.forward
@@ -102,7 +129,14 @@ def _hook(gate_class: Any) -> None:
                 exc_info=True,
             )
 
-    @functools.wraps(own_forward)
+    gate_class.router_plan = None  # of a gate that was built by other means
+    gate_class.__init__ = init
+    gate_class.forward = functools.wraps(own_forward)(make_forward(own_forward))
+
+
+def _forward_with_batch(own_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    from sglang.srt.models.deepseek_v2_gate import router_logits
+
     def forward(
         gate: torch.nn.Module,
         hidden_states: torch.Tensor,
@@ -114,8 +148,17 @@ def _hook(gate_class: Any) -> None:
             return logits
         return own_forward(gate, hidden_states, gemm_output_zero_allocator, forward_batch)
 
-    gate_class.router_plan = None  # of a gate that was built by other means
-    gate_class.__init__, gate_class.forward = init, forward
+    return forward
+
+
+def _plain_forward(own_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    from sglang.srt.models.deepseek_v2_gate import router_logits
+
+    def forward(gate: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = router_logits(gate, hidden_states)
+        return own_forward(gate, hidden_states) if logits is None else logits
+
+    return forward
 
 
 # ---- The routing behind it ---------------------------------------------------------------------

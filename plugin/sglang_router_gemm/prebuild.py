@@ -20,9 +20,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sglang_router_gemm.model_config import ConfigError, read_gate
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.moe_router.kernel import Target
 
 ARCH_LIST = "FLASHINFER_CUDA_ARCH_LIST"
 
@@ -46,6 +49,8 @@ class Job(NamedTuple):
     hidden_size: int
     routing: tuple[int, int, int] | None = None
     """`num_groups`, `top_groups` and `top_k`, where the routing behind the gate is built, too."""
+    fp32: bool = False
+    """The weights' dtype, else bf16."""
 
 
 def run(
@@ -121,27 +126,27 @@ def plan_jobs(
     compiled = [each.name for each in BACKENDS.values() if each.build is not None]
     if backend is not None and backend not in compiled:
         raise PrebuildError(f"backend is {backend!r}, must be {either(compiled)}")
-    if shapes is None:
-        shapes = [(model.num_experts, model.hidden_size) for model in MODELS]
+    weights = [(model.num_experts, model.hidden_size, model.dtype) for model in MODELS]
+    if shapes is not None:
+        known = [each for each in weights if each[:2] in shapes]
+        others = [shape for shape in shapes if all(each[:2] != shape for each in known)]
+        weights = known + [(*shape, torch.bfloat16) for shape in others]
     jobs: dict[str, list[Job]] = {}
     nothing = []
     for arch_list, arch in _arch_lists(archs):
         major, minor = _capability(arch)
         sm = 10 * major + minor
         reasons = []
-        for shape in dict.fromkeys(shapes):
-            decision = decide(
-                backend or AUTO,
-                Target(torch.device("cuda"), sm, *shape),
-                torch.bfloat16,
-                lambda backend: None,
-            )
+        for n, k, dtype in dict.fromkeys(weights):
+            target = Target(torch.device("cuda"), sm, n, k, dtype)
+            decision = decide(backend or AUTO, target, lambda backend: None)
             if decision.backend is not None and decision.backend.build is not None:
-                job = Job(decision.backend.name, sm, *shape, _routing(backend, sm, shape))
+                routing, fp32 = _routing(backend, target), dtype == torch.float32
+                job = Job(decision.backend.name, sm, n, k, routing, fp32)
                 jobs.setdefault(arch_list, []).append(job)
             else:
                 reasons.append(decision.reason)
-        if len(reasons) == len(dict.fromkeys(shapes)):
+        if len(reasons) == len(dict.fromkeys(weights)):
             nothing.append(f"{arch}: nothing to build: {reasons[0]}")
     if nothing and (backend is not None or not jobs):
         raise PrebuildError(nothing[0])
@@ -150,13 +155,14 @@ def plan_jobs(
     return jobs
 
 
-def _routing(backend: str | None, sm: int, shape: Shape) -> tuple[int, int, int] | None:
+def _routing(backend: str | None, target: Target) -> tuple[int, int, int] | None:
     """The routing behind a gate of the table, where the same setting takes our kernel for it."""
     from sglang.srt.layers.moe_router.models import find_model
 
-    model = find_model(*shape)
+    model = find_model(target.num_experts, target.hidden_size, target.dtype)
     route = model.route if model is not None else None
-    if route is None or not (backend == "cluster" or (backend is None and sm in route.auto)):
+    taken = route is not None and target.sm in route.auto
+    if route is None or not (backend == "cluster" or (backend is None and taken)):
         return None
     return route[:3]
 
@@ -272,10 +278,11 @@ def build_jobs() -> None:
         if reason := BACKENDS[job.backend].missing(job.sm):
             sys.exit(reason)
     for job in jobs:
-        backend, target = BACKENDS[job.backend], Target(torch.device("cuda"), *job[1:4])
+        backend, dtype = BACKENDS[job.backend], torch.float32 if job.fp32 else torch.bfloat16
+        target = Target(torch.device("cuda"), *job[1:4], dtype)
         assert backend.build is not None
         assert backend.find_builder is not None
-        name = f"{backend.kernel} [{job.num_experts}, {job.hidden_size}]"
+        name = f"{backend.kernel} {target}"
         started = time.perf_counter()
         try:
             if nvcc := backend.find_builder(target):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "docs"))  # as where the script is run as a file
@@ -131,24 +132,28 @@ def test_the_backends_are_those_of_the_records(tmp_path: Path) -> None:
         "a multiple of 16 up to 1024",
         "a multiple of 512 up to 8192",
         "0 to 128",
-        "bfloat16",
+        "bfloat16 or float32",
     ]
     assert cluster[0] == "`cluster` (measured on SM 90)"
     assert flashinfer[3:6] == ["256", "7168", "1 to 16"]
-    assert matmul[2:] == ["any, and the CPU", "any", "any", "any", "bfloat16 or float16", "any"]
+    assert matmul[2:] == [
+        *("any, and the CPU", "any", "any", "any"),
+        *("bfloat16 or float16 or float32", "any"),
+    ]
     wider = replace(BACKENDS["cluster"], rule=BACKENDS["cluster"].rule._replace(min_sm=120))
     assert "120 or newer" in fill_figures.backends_table([wider])
 
 
 def test_auto_is_that_of_the_models(tmp_path: Path) -> None:
     _, _, *rows = _rows(_filled(tmp_path / "text.md", "auto"))
-    assert {row[0] for row in rows} == {model.name for model in MODELS}
+    assert {row[0] for row in rows} == {model.name for model in MODELS if model.auto}
     assert rows[0] == ["DeepSeek-V3", "256 x 7168", "90", "1-128", "`cluster`"]
     assert rows[1] == ["DeepSeek-V3", "256 x 7168", "100, 103", "1-16", "`flashinfer`"]
-    new = Model("New", 64, 512, {90: Auto("cluster", range(2, 9)), 120: Auto("torch", range(1, 2))})
+    auto = {90: Auto("cluster", range(2, 9)), 120: Auto("torch", range(1, 2))}
+    new = Model("New", 64, 512, auto, dtype=torch.float32)
     assert _rows(fill_figures.auto_table([new]))[2:] == [
-        ["New", "64 x 512", "90", "2-8", "`cluster`"],
-        ["New", "64 x 512", "120", "1-1", "`torch`"],
+        ["New", "64 x 512 fp32", "90", "2-8", "`cluster`"],
+        ["New", "64 x 512 fp32", "120", "1-1", "`torch`"],
     ]
 
 

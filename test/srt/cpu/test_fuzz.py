@@ -31,20 +31,21 @@ TARGETS = st.builds(
     sm=mostly(90, 100, 103, other=st.one_of(st.none(), st.integers(0, 200))),
     num_experts=mostly(256, 384, 160, 128, other=_around(1024, step=16)),
     hidden_size=mostly(7168, 6144, 5120, other=_around(8192, step=512)),
+    dtype=mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
 )
 UNAVAILABLE = st.fixed_dictionaries(
     dict.fromkeys(BACKENDS, mostly(None, other=st.just("not installed")))
 )
 
 
-def _serves(backend: str, target: Target, dtype: torch.dtype, num_tokens: int) -> bool:
+def _serves(backend: str, target: Target, num_tokens: int) -> bool:
     """The rules of README.md's table, written once more and in another way."""
-    m, n, k = num_tokens, target.num_experts, target.hidden_size
+    m, n, k, dtype = num_tokens, target.num_experts, target.hidden_size, target.dtype
     if backend == "torch":
-        return target.device.type in ("cuda", "cpu") and dtype.itemsize == 2
+        return target.device.type in ("cuda", "cpu") and dtype.itemsize in (2, 4)
     if target.device.type != "cuda" or target.sm is None or target.sm < 90:
         return False
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 and (backend, dtype) != ("cluster", torch.float32):
         return False
     if backend == "cluster":
         return n % 16 == 0 and 0 < n <= 1024 and k % 512 == 0 and 0 < k <= 8192 and m <= 128
@@ -55,6 +56,8 @@ def _serves(backend: str, target: Target, dtype: torch.dtype, num_tokens: int) -
 def _auto_takes(target: Target, num_tokens: int) -> str | None:
     """Whom `auto` takes, by README.md's table, written once more and in another way."""
     shape, m = (target.num_experts, target.hidden_size), num_tokens
+    if target.dtype != torch.bfloat16:
+        return None
     if target.sm == 90:
         last = 128 if shape == (256, 7168) else 16
         first = {(160, 5120): 2, (128, 7168): 4}.get(shape, 1)
@@ -68,7 +71,6 @@ def _auto_takes(target: Target, num_tokens: int) -> str | None:
 @settings(max_examples=CASES)
 @given(
     target=TARGETS,
-    dtype=mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
     num_tokens=mostly(1, 8, 16, other=st.integers(0, 100_000)),
     requested=st.sampled_from(CHOICES),
     unavailable=UNAVAILABLE,
@@ -76,15 +78,12 @@ def _auto_takes(target: Target, num_tokens: int) -> str | None:
 )
 def test_the_decision(
     target: Target,
-    dtype: torch.dtype,
     num_tokens: int,
     requested: str,
     unavailable: dict[str, str | None],
     deterministic: bool,
 ) -> None:
-    found = decide(
-        requested, target, dtype, lambda backend: unavailable[backend.name], deterministic
-    )
+    found = decide(requested, target, lambda backend: unavailable[backend.name], deterministic)
     serves = num_tokens in found.num_tokens
     assert found.reason
     assert (found.backend is None) == (len(found.num_tokens) == 0)
@@ -92,9 +91,7 @@ def test_the_decision(
         assert found.backend is None
         return
     name = _auto_takes(target, num_tokens) if requested == "auto" else requested
-    expected = (
-        name is not None and unavailable[name] is None and _serves(name, target, dtype, num_tokens)
-    )
+    expected = name is not None and unavailable[name] is None and _serves(name, target, num_tokens)
     assert serves is expected
     if serves:
         assert found.backend is BACKENDS[name]
@@ -122,14 +119,17 @@ def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 @given(pair=operands())
 def test_ops_are_right_or_name_the_argument(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     hidden_states, weight = pair
-    fits = hidden_states.shape[1] == weight.shape[1] and hidden_states.dtype == weight.dtype
+    dtypes = hidden_states.dtype, weight.dtype
+    served = dtypes in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
+    same_width = hidden_states.shape[1] == weight.shape[1]
+    fits = same_width and (served or dtypes[0] == dtypes[1])
     dense = hidden_states.is_contiguous() and weight.is_contiguous()
     aligned = all(each.data_ptr() % 16 == 0 for each in pair)
     rule = BACKENDS["cluster"].rule
-    assert rule.takes_layout(*pair) == (fits and dense and aligned)
-    assert rule.takes_layout(*pair, addresses=False) == (fits and dense)
-    bf16 = weight.dtype == torch.bfloat16
-    assert rule.takes(*pair) == (fits and dense and aligned and bf16 and len(hidden_states) <= 128)
+    taken = fits and dense and served
+    assert rule.takes_layout(*pair) == (taken and aligned)
+    assert rule.takes_layout(*pair, addresses=False) == taken
+    assert rule.takes(*pair) == (taken and aligned and len(hidden_states) <= 128)
     if not fits:
         with pytest.raises(ValueError, match=r"^weight (is|has)"):
             ops._compute(BACKENDS["cluster"], hidden_states, weight)

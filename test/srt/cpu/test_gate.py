@@ -52,7 +52,8 @@ def _not_called(*arguments: object) -> torch.Tensor:
 
 
 def _mark_loaded(backend: str, *shape: int, kernel: Run | str = _not_called) -> None:
-    backends._loaded[backend, GPU, shape or (256, 7168)] = kernel
+    key = backend, GPU, torch.bfloat16, *(shape or (256, 7168))
+    backends._loaded[key] = kernel
 
 
 # What a call may change ------------------------------------------------------------------
@@ -152,7 +153,7 @@ def test_a_package_that_is_absent_or_broken(
 
 def test_a_kernel_that_was_not_loaded_is_unavailable() -> None:
     for name in ("cluster", "flashinfer", "sgl_kernel"):
-        reason = find_kernel(BACKENDS[name], torch.device("cuda", 7), 256, 7168)
+        reason = find_kernel(BACKENDS[name], torch.device("cuda", 7), torch.bfloat16, 256, 7168)
         assert reason == "its kernel was not loaded with the model"
 
 
@@ -188,13 +189,24 @@ def test_sglangs_own_forward_is_untouched(hooked_gate: torch.nn.Module) -> None:
         assert torch.equal(named, expected)
 
 
-def test_router_fp32_weights_stay_with_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_a_dtype_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
     gate = build_deepseek_v2_gate(CPU)
     hidden_states, _ = random_inputs(1)
     assert router_logits(gate, hidden_states) is not None
-    gate.weight = torch.nn.Parameter(torch.ones(256, 7168))
-    assert router_logits(gate, hidden_states.float()) is None
+    gate.weight = torch.nn.Parameter(torch.ones(256, 7168, dtype=torch.float64))
+    assert router_logits(gate, hidden_states.double()) is None
+
+
+def test_fp32_weights_of_a_bf16_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    gate = build_deepseek_v2_gate(CPU)
+    gate.weight = torch.nn.Parameter(torch.randn(256, 7168))
+    hidden_states, _ = random_inputs(5)
+    logits = router_logits(gate, hidden_states)
+    assert logits is not None
+    assert relative_error(logits, hidden_states, gate.weight) < 1e-6
+    assert router_logits(gate, hidden_states.half()) is None
 
 
 @pytest.mark.parametrize("replace", ["data", "parameter", "shape"])
@@ -292,6 +304,28 @@ def test_a_kernel_is_held_against_the_forward_that_it_replaces(
 def test_sglangs_own_gate_is_the_kernels_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
     assert sglang_gate(CPU).router_plan.decision.backend is BACKENDS["torch"]
+
+
+class _WithCache(torch.nn.Module):
+    """Keeps an fp32 copy of its weight from the first call on, as SGLang 0.5.17's GLM-4.5 gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(32, 64, dtype=torch.bfloat16))
+        self.register_buffer("copy", None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.copy is None:
+            self.copy = self.weight.float()
+        return hidden_states.float() @ self.copy.t()
+
+
+def test_what_a_twins_forward_keeps_is_not_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    gate = _WithCache()
+    plan_gate(gate, _WithCache.forward)
+    assert gate.router_plan.decision.backend is BACKENDS["torch"]
+    assert gate.copy is None
 
 
 def test_a_weight_that_sglang_packs_is_left_to_it(
@@ -409,7 +443,7 @@ def test_a_kernel_that_does_not_load_warns_once_and_never_raises(
         assert _plan_on_gpu("auto", monkeypatch).run is None
     (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "install the CUDA toolkit" in said
-    assert isinstance(find_kernel(BACKENDS["flashinfer"], GPU, 256, 7168), str)
+    assert isinstance(find_kernel(BACKENDS["flashinfer"], GPU, torch.bfloat16, 256, 7168), str)
 
 
 def test_the_log_says_what_serves_which_m(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang.srt.layers.moe_router.models import GATES, Gate
+
 OURS = "dsv3_router_gemm"
 
 # `torch` serves on a CPU, in fp32; SGLang's own gate gives bf16 there.
@@ -181,6 +183,58 @@ def test_it_is_there_once_and_a_reload_takes_it_off(fork_python: Callable[..., s
         "0 torch.bfloat16",
         "1 torch.float32",
     ]
+
+
+PLAIN = """
+import importlib, logging, types
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+from gates import build_gate
+import torch
+build_gate()
+module = importlib.import_module("sglang.srt.models.{module}")
+from sglang.srt.models.deepseek_v2_gate import router_logits
+config = types.SimpleNamespace(n_routed_experts=32, hidden_size=64, topk_method="noaux_tc")
+gate = module.{name}(config, None).requires_grad_(False)
+torch.nn.init.normal_(gate.weight)
+hidden_states = torch.randn(5, 64, dtype=torch.bfloat16)
+with torch.no_grad():
+    logits, ours = gate(hidden_states), router_logits(gate, hidden_states)
+    own = type(gate).forward.__wrapped__(gate, hidden_states)
+assert logits.dtype == own.dtype == torch.float32
+print(gate.weight.dtype, torch.equal(logits, own if ours is None else ours), ours is not None)
+torch.testing.assert_close(logits, own)
+"""
+
+
+@pytest.mark.parametrize(("backend", "served"), [("torch", True), ("auto", False)])
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: f"{gate.module}.{gate.name}")
+def test_gates_of_other_models(
+    gate: Gate, backend: str, served: bool, fork_python: Callable[..., str]
+) -> None:
+    code = PLAIN.format(module=gate.module, name=gate.name)
+    said = fork_python(code, SGLANG_ROUTER_GEMM_BACKEND=backend)
+    assert said.count(f"sglang.srt.models.{gate.module}.{gate.name} is hooked.") == 1
+    assert "WARNING Router" not in said
+    assert said.splitlines()[-1] == f"torch.float32 True {served}"
+
+
+OTHER_FORWARD = """
+import sys
+import sglang.srt.models.glm4_moe as glm
+sys.modules.pop(glm.__name__)
+glm.Glm4MoeGate.forward = lambda self, hidden_states, scale: None
+from sglang_router_gemm import hooks
+import logging
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+hooks.patch_plain_gate("Glm4MoeGate", glm)
+print(hasattr(glm.Glm4MoeGate, "router_plan"))
+"""
+
+
+def test_a_gate_with_another_forward_is_left_alone(fork_python: Callable[..., str]) -> None:
+    said = fork_python(OTHER_FORWARD)
+    assert "forward takes (self, hidden_states, scale), must take (self, hidden_states)" in said
+    assert said.splitlines()[-1] == "False"
 
 
 BROKEN = """

@@ -24,7 +24,6 @@ CPU = Target(torch.device("cpu"), None, 256, 7168)
 def decided(
     requested: str,
     target: Target,
-    dtype: torch.dtype = torch.bfloat16,
     missing: str | None = None,
     deterministic: bool = False,
 ) -> Decision:
@@ -33,7 +32,7 @@ def decided(
     def unavailable(backend: Backend) -> str | None:
         return "not installed" if backend.name == missing else None
 
-    return decide(requested, target, dtype, unavailable, deterministic)
+    return decide(requested, target, unavailable, deterministic)
 
 
 def served(decision: Decision) -> tuple[str | None, range]:
@@ -124,11 +123,18 @@ def test_a_forced_backend_refuses_a_weight(
     assert served(decided(requested, HOPPER)) == (requested, BACKENDS[requested].rule.num_tokens)
 
 
-@pytest.mark.parametrize("requested", ["auto", "cluster", "flashinfer", "sgl_kernel"])
+@pytest.mark.parametrize("requested", ["auto", "flashinfer", "sgl_kernel"])
 def test_fp32_weights_are_left_to_sglang(requested: str) -> None:
-    decision = decided(requested, HOPPER, torch.float32)
+    decision = decided(requested, HOPPER._replace(dtype=torch.float32))
     assert served(decision) == NOBODY
-    assert decision.reason == "weight is torch.float32, must be torch.bfloat16"
+    assert "weight is torch.float32, " in decision.reason
+
+
+def test_cluster_takes_fp32_weights_and_no_other_dtype() -> None:
+    wide = HOPPER._replace(num_experts=160, hidden_size=5120, dtype=torch.float32)
+    assert served(decided("cluster", wide)) == ("cluster", range(129))
+    half = decided("cluster", HOPPER._replace(dtype=torch.float16))
+    assert half.reason == "weight is torch.float16, must be torch.bfloat16 or torch.float32"
 
 
 @pytest.mark.parametrize("requested", CHOICES)
@@ -160,13 +166,13 @@ def test_a_forced_cluster_serves_multiples_of_16_and_512(
 
 
 @pytest.mark.parametrize("target", [CPU, HOPPER, HOPPER._replace(num_experts=100, hidden_size=9)])
-def test_torch_serves_every_16_bit_matrix(target: Target) -> None:
-    for dtype in (torch.bfloat16, torch.float16):
-        decision = decided("torch", target, dtype)
+def test_torch_serves_every_matrix_of_16_or_32_bits(target: Target) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        decision = decided("torch", target._replace(dtype=dtype))
         assert served(decision)[0] == "torch"
         assert 4096 in decision.num_tokens
         assert decision.ranges() == [("1+", "torch")]
-    assert served(decided("torch", target, torch.float32)) == NOBODY
+    assert served(decided("torch", target._replace(dtype=torch.float64))) == NOBODY
 
 
 @pytest.mark.parametrize("requested", CHOICES)
@@ -178,7 +184,7 @@ def test_one_backend_at_most_is_asked_whether_it_is_there(requested: str) -> Non
         def unavailable(backend: Backend, asked: list[str] = asked) -> None:
             asked.append(backend.name)
 
-        decision = decide(requested, target, torch.bfloat16, unavailable)
+        decision = decide(requested, target, unavailable)
         assert asked == ([decision.backend.name] if decision.backend is not None else [])
 
 
@@ -193,14 +199,14 @@ def test_the_ranges_as_text() -> None:
 
 def test_the_table_of_models_is_one() -> None:
     """A shape stands once, and `auto` takes no more than the backend's rule allows."""
-    shapes = [(model.num_experts, model.hidden_size) for model in MODELS]
-    assert len(set(shapes)) == len(shapes)
+    weights = [(model.num_experts, model.hidden_size, model.dtype) for model in MODELS]
+    assert len(set(weights)) == len(weights)
     for model in MODELS:
-        assert find_model(model.num_experts, model.hidden_size) is model
+        assert find_model(model.num_experts, model.hidden_size, model.dtype) is model
         for sm, auto in model.auto.items():
             rule = BACKENDS[auto.backend].rule
-            target = Target(GPU, sm, model.num_experts, model.hidden_size)
-            assert rule.refuse_weight(target, torch.bfloat16) is None
+            target = Target(GPU, sm, model.num_experts, model.hidden_size, model.dtype)
+            assert rule.refuse_weight(target) is None
             assert set(auto.num_tokens) <= set(rule.num_tokens)
             assert 0 not in auto.num_tokens
     assert find_model(1, 1) is None
@@ -249,7 +255,7 @@ def test_why_not_names_what_a_call_lacks(plan: Plan) -> None:
     class Prefill:
         attn_cp_metadata = object()
 
-    few = Plan("cluster", plan.target, plan.dtype, Decision(None, range(1, 17), ""), None, True)
+    few = Plan("cluster", plan.target, Decision(None, range(1, 17), ""), None, True)
     assert few.why_not(rows, weight, Prefill())[0] == "context_parallel"
     assert few.why_not(rows.repeat(5, 1), weight) == ("num_tokens", "M is 20, must be 1 to 16")
     assert few.why_not(rows.to("meta"), weight)[0] == "device"

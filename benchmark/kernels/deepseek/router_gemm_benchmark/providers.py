@@ -298,7 +298,7 @@ def _backend(backend: Backend, target: Target) -> Provider:
     rule = backend.rule
 
     def refusal(num_tokens: int) -> str | None:
-        reason = rule.refuse_weight(target, BF16)
+        reason = rule.refuse_weight(target)
         if reason is None and num_tokens not in rule.num_tokens:
             reason = f"M is {num_tokens}, must be {either(rule.num_tokens)}"
         return reason
@@ -315,7 +315,7 @@ def _backend(backend: Backend, target: Target) -> Provider:
 
 
 def _planned(backend: Backend, target: Target) -> Gemm:
-    reason = backend.rule.refuse_weight(target, BF16)
+    reason = backend.rule.refuse_weight(target)
     if reason is not None:
         raise Skip(reason)
     weight = torch.empty(target.num_experts, target.hidden_size, dtype=BF16, device=target.device)

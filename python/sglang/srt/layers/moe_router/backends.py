@@ -59,10 +59,11 @@ class Rule(NamedTuple):
     hidden_sizes: Sequence[int] | None
     num_tokens: range
     dtypes: tuple[torch.dtype, ...]
+    """Of the weight; hidden_states are bf16, but for a matmul."""
     any_layout: bool = False
     """Strided and unaligned tensors too."""
 
-    def refuse_weight(self, target: Target, dtype: torch.dtype) -> str | None:
+    def refuse_weight(self, target: Target) -> str | None:
         """Why no call with this weight can be served, as a phrase; None if some can."""
         device_type, sm = target.device.type, target.sm
         if device_type not in self.device_types:
@@ -73,8 +74,8 @@ class Rule(NamedTuple):
             return f"N is {target.num_experts}, must be {either(self.num_experts)}"
         if self.hidden_sizes is not None and target.hidden_size not in self.hidden_sizes:
             return f"K is {target.hidden_size}, must be {either(self.hidden_sizes)}"
-        if dtype not in self.dtypes:
-            return f"weight is {dtype}, must be {either(self.dtypes)}"
+        if target.dtype not in self.dtypes:
+            return f"weight is {target.dtype}, must be {either(self.dtypes)}"
         return None
 
     def takes(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -92,7 +93,8 @@ class Rule(NamedTuple):
 
         Without `addresses`, where they do not exist yet, an unaligned call is taken too.
         """
-        if not fits(hidden_states, weight):
+        kernel_takes = self.any_layout or hidden_states.dtype == torch.bfloat16
+        if not kernel_takes or not fits(hidden_states, weight):
             return False
         # FlashInfer < 0.7 does not check row strides.
         dense = self.any_layout or (hidden_states.is_contiguous() and weight.is_contiguous())
@@ -100,13 +102,18 @@ class Rule(NamedTuple):
 
 
 def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the two are `[M, K]` and `[N, K]`, of one dtype and on one device."""
+    """Whether the two are `[M, K]` and `[N, K]`, of fitting dtypes and on one device."""
     return (
         hidden_states.dim() == 2
         and hidden_states.shape[1] == weight.shape[1]
-        and hidden_states.dtype == weight.dtype
+        and fit_together(hidden_states.dtype, weight.dtype)
         and hidden_states.device == weight.device
     )
+
+
+def fit_together(hidden_states: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether they are of one dtype, or the weight of a bf16 model's gate is kept in fp32."""
+    return hidden_states == weight or (hidden_states == torch.bfloat16 and weight == torch.float32)
 
 
 def is_aligned(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -166,17 +173,24 @@ class Backend:
 # ---- Loading -----------------------------------------------------------------------------------
 
 # What `load_kernel` came to: the kernel, or why it cannot be called.
-_loaded: dict[tuple[str, torch.device, tuple[int, ...]], Run | str] = {}
+_loaded: dict[tuple[object, ...], Run | str] = {}
 
 
-def find_kernel(backend: Backend, device: torch.device, *shape: int) -> Run | str:
-    """The kernel for calls with weights of this shape, or why there is none, as a phrase.
+def _key(backend: Backend, target: Target) -> tuple[object, ...]:
+    return backend.name, target.device, target.dtype, target.num_experts, target.hidden_size
+
+
+def find_kernel(
+    backend: Backend, device: torch.device, dtype: torch.dtype, *shape: int
+) -> Run | str:
+    """The kernel for calls with weights of this dtype and shape, or why there is none, as a phrase.
 
     It looks up what `load_kernel` left, and never loads: nothing is built on a request.
     """
     if backend.op is None:
         return matmul_fp32
-    return _loaded.get((backend.name, device, shape), "its kernel was not loaded with the model")
+    key = backend.name, device, dtype, *shape
+    return _loaded.get(key, "its kernel was not loaded with the model")
 
 
 def load_kernel(backend: Backend, target: Target) -> Run | str:
@@ -188,10 +202,10 @@ def load_kernel(backend: Backend, target: Target) -> Run | str:
     """
     if backend.op is None:
         return matmul_fp32
-    key = (backend.name, target.device, (target.num_experts, target.hidden_size))
+    key = _key(backend, target)
     if key in _loaded:
         return _loaded[key]
-    name = f"{backend.kernel} [{target.num_experts}, {target.hidden_size}]"
+    name = f"{backend.kernel} {target}"
     compiled = "" if backend.build is None else "; the first start builds it with nvcc"
     logger.info("Router GEMM: loading %s%s.", name, compiled)
     started = time.perf_counter()
@@ -214,7 +228,7 @@ def load_kernel(backend: Backend, target: Target) -> Run | str:
 
 def refuse_kernel(backend: Backend, target: Target, reason: str) -> None:
     """Takes back what `load_kernel` gave: nobody in this process may call it."""
-    _loaded[backend.name, target.device, (target.num_experts, target.hidden_size)] = reason
+    _loaded[_key(backend, target)] = reason
 
 
 class WrongNumbersError(Exception):
@@ -236,8 +250,8 @@ def _load_checked(backend: Backend, target: Target, given_up: threading.Event) -
     generator = torch.Generator("cpu").manual_seed(0)
     shapes = (target.num_experts, target.hidden_size), (max(every_m), target.hidden_size)
     weight, hidden_states = (
-        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).bfloat16()
-        for shape in shapes
+        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(dtype)
+        for shape, dtype in zip(shapes, (target.dtype, torch.bfloat16), strict=True)
     )
     expected = hidden_states.double() @ weight.double().t()
     weight, hidden_states = weight.to(target.device), hidden_states.to(target.device)
@@ -305,7 +319,7 @@ BACKENDS: Mapping[str, Backend] = {
                 num_experts=range(16, 1025, 16),
                 hidden_sizes=range(512, 8193, 512),
                 num_tokens=range(129),
-                dtypes=_BF16,
+                dtypes=(torch.bfloat16, torch.float32),
             ),
             missing=cluster_router_gemm.missing,
             load=cluster_router_gemm.load,
@@ -364,7 +378,7 @@ BACKENDS: Mapping[str, Backend] = {
                 num_experts=None,
                 hidden_sizes=None,
                 num_tokens=range(2**31),
-                dtypes=(torch.bfloat16, torch.float16),
+                dtypes=(torch.bfloat16, torch.float16, torch.float32),
                 any_layout=True,
             ),
             missing=lambda sm: None,

@@ -1,4 +1,4 @@
-"""`csrc/cluster_router_gemm.cuh` in Python: one compiled module for each N, K and SM."""
+"""`csrc/cluster_router_gemm.cuh` in Python: one compiled module for each N, K, dtype and SM."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ def missing(sm: int | None) -> str | None:
     return None if found is not None else reason
 
 
-def spec(num_experts: int, hidden_size: int, sm: int) -> jit.Spec:
-    """What is compiled for weights `[N, K]` on one SM."""
-    return jit.Spec(
-        name=f"cluster_router_gemm_n{num_experts}_k{hidden_size}_sm{sm}",
-        source=SOURCE,
-        sm=sm,
-        defines=(
-            ("ROUTER_GEMM_NUM_EXPERTS", num_experts),
-            ("ROUTER_GEMM_HIDDEN_SIZE", hidden_size),
-        ),
-    )
+def spec(
+    num_experts: int, hidden_size: int, sm: int, dtype: torch.dtype = torch.bfloat16
+) -> jit.Spec:
+    """What is compiled for weights `[N, K]`, bf16 or fp32, on one SM."""
+    name = f"cluster_router_gemm_n{num_experts}_k{hidden_size}"
+    defines = [("ROUTER_GEMM_NUM_EXPERTS", num_experts), ("ROUTER_GEMM_HIDDEN_SIZE", hidden_size)]
+    if dtype == torch.float32:
+        name += "_fp32"
+        defines.append(("ROUTER_GEMM_FP32", 1))
+    return jit.Spec(f"{name}_sm{sm}", SOURCE, sm, tuple(defines))
 
 
 def spec_of(target: Target) -> jit.Spec:
     """The same, for what a gate needs."""
     assert target.sm is not None
-    return spec(target.num_experts, target.hidden_size, target.sm)
+    return spec(target.num_experts, target.hidden_size, target.sm, target.dtype)
 
 
 def load(target: Target) -> Loaded:

@@ -9,12 +9,18 @@ import torch
 
 
 class Target(NamedTuple):
-    """What a kernel is loaded for: a device, its SM, and the weight's N and K."""
+    """What a kernel is loaded for: a device, its SM, and the weight's N, K and dtype."""
 
     device: torch.device
     sm: int | None
     num_experts: int
     hidden_size: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        """The weight as a person writes it."""
+        dtype = "" if self.dtype == torch.bfloat16 else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"[{self.num_experts}, {self.hidden_size}]{dtype}"
 
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
+
 
 class Auto(NamedTuple):
     """What `auto` takes on one SM, and for which M: where it was seen to be the fastest."""
@@ -31,7 +33,7 @@ class Model(NamedTuple):
 
     `num_experts` and `hidden_size` are N and K: `n_routed_experts` and `hidden_size` in its
     config.json. `auto` is by SM, 10 * major + minor; every other SM is left to SGLang.
-    `route` is None where `cluster_route` does not take the model's.
+    `route` is None where `cluster_route` does not take the model's. `dtype` is the weight's.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Model(NamedTuple):
     hidden_size: int
     auto: Mapping[int, Auto]
     route: Route | None = None
+    dtype: torch.dtype = torch.bfloat16
 
 
 # SGLang PRs 17707 (SM 100) and 23285 (SM 103); not measured by this project.
@@ -69,15 +72,35 @@ MODELS: tuple[Model, ...] = (
         Route(1, 1, 8, auto=(90,)),
     ),
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
+    Model("GLM-4.5", 160, 5120, {}, dtype=torch.float32),
+    Model("GLM-4.5-Air", 128, 4096, {}, dtype=torch.float32),
 )
 
 DEEPSEEK_V3 = MODELS[0]
 
 
-def find_model(num_experts: int, hidden_size: int) -> Model | None:
-    """The row of this shape, None where the table has none."""
+class Gate(NamedTuple):
+    """A model's gate that is nothing but its weight: `forward(hidden_states)` gives fp32 logits."""
+
+    module: str
+    """Under `sglang.srt.models`."""
+    name: str
+
+
+# The plugin hooks these as it hooks DeepSeek's `MoEGate`. To add one, add a row.
+GATES: tuple[Gate, ...] = (
+    Gate("glm4_moe", "Glm4MoeGate"),  # GLM-4.5, 4.6
+    Gate("glm4_moe_lite", "Glm4MoeLiteGate"),  # GLM-4.7-Flash
+    Gate("mimo_v2", "MoEGate"),  # MiMo-V2
+)
+
+
+def find_model(
+    num_experts: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16
+) -> Model | None:
+    """The row of such a weight, None where the table has none."""
     for model in MODELS:
-        if (model.num_experts, model.hidden_size) == (num_experts, hidden_size):
+        if (model.num_experts, model.hidden_size, model.dtype) == (num_experts, hidden_size, dtype):
             return model
     return None
 

@@ -11,7 +11,13 @@ from collections.abc import Callable
 
 import torch
 
-from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, find_kernel, matmul_fp32
+from sglang.srt.layers.moe_router.backends import (
+    BACKENDS,
+    Backend,
+    find_kernel,
+    fit_together,
+    matmul_fp32,
+)
 from sglang.srt.layers.moe_router.environ import pdl_enabled
 from sglang.srt.layers.moe_router.kernel import empty_logits
 from sglang.srt.utils.custom_op import register_custom_op
@@ -24,7 +30,7 @@ def _compute(
     logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What every op does: the backend's kernel where it serves, else a matmul."""
-    kernel = find_kernel(backend, weight.device, *weight.shape)
+    kernel = find_kernel(backend, weight.device, weight.dtype, *weight.shape)
     if isinstance(kernel, str) or not backend.rule.takes(hidden_states, weight):
         _check_operands(hidden_states, weight)
         return matmul_fp32(hidden_states, weight, logits)
@@ -42,7 +48,7 @@ def _check_operands(hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
                 f"{name} is {tensor.dtype}, must be torch.bfloat16 (or another float of 16 or "
                 "32 bits, for an fp32-output matmul)"
             )
-    if weight.dtype != hidden_states.dtype:
+    if not fit_together(hidden_states.dtype, weight.dtype):
         raise ValueError(f"weight is {weight.dtype}, must be {hidden_states.dtype}")
     if weight.shape[1] != hidden_states.shape[1]:
         raise ValueError(
@@ -101,7 +107,7 @@ def router_gemm(
     Args:
         backend: whose kernel, where it serves.
         hidden_states: bf16 `[M, K]`, any M; fp16 and fp32 too, for the matmul.
-        weight: `[N, K]`, of the same dtype and on the same device.
+        weight: `[N, K]` on the same device, of the same dtype, or fp32 where they are bf16.
 
     Returns:
         The logits, fp32 `[M, N]`. Up to M = 128 a row's bits do not depend on M with `cluster`.

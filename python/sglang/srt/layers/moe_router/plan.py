@@ -88,7 +88,6 @@ _UNLIMITED = BACKENDS["torch"].rule.num_tokens.stop - 1
 def decide(
     requested: str,
     target: Target,
-    dtype: torch.dtype,
     unavailable: Callable[[Backend], str | None],
     deterministic: bool = False,
 ) -> Decision:
@@ -96,8 +95,7 @@ def decide(
 
     Args:
         requested: what the user asked for: a backend's name, `auto` or `off`.
-        target: the weight's device, SM and shape.
-        dtype: the weight's.
+        target: the weight's device, SM, shape and dtype.
         unavailable: why a backend's kernel cannot be called there, None if it can. Asked of
             the one backend that everything else speaks for.
         deterministic: the server runs with `--enable-deterministic-inference`.
@@ -107,7 +105,7 @@ def decide(
     if deterministic:
         return Decision(None, _NO_TOKENS, "deterministic inference is on")
     if requested == AUTO:
-        model = find_model(target.num_experts, target.hidden_size)
+        model = find_model(target.num_experts, target.hidden_size, target.dtype)
         auto = model.auto.get(target.sm) if model is not None and target.sm is not None else None
         if auto is None:
             return Decision(None, _NO_TOKENS, _why_not_auto(target))
@@ -116,7 +114,7 @@ def decide(
     else:
         backend, num_tokens = BACKENDS[requested], BACKENDS[requested].rule.num_tokens
         limit = f"M must be {either(num_tokens)}"
-    refusal = backend.rule.refuse_weight(target, dtype)
+    refusal = backend.rule.refuse_weight(target)
     if refusal is not None:
         return Decision(None, _NO_TOKENS, refusal)
     reason = unavailable(backend)
@@ -137,8 +135,9 @@ def _why_not_auto(target: Target) -> str:
         return f"auto takes {rows} only"
     shapes = [f"{m.num_experts}, {m.hidden_size}" for m in MODELS if target.sm in m.auto]
     return (
-        f"N, K is {target.num_experts}, {target.hidden_size}, auto takes {either(shapes)} on "
-        f"SM {target.sm}"
+        f"N, K is {target.num_experts}, {target.hidden_size}"
+        + (f", weight is {target.dtype}" if target.dtype != torch.bfloat16 else "")
+        + f", auto takes {either(shapes)} on SM {target.sm}"
     )
 
 
@@ -159,7 +158,6 @@ class Plan:
 
     requested: str
     target: Target
-    dtype: torch.dtype
     decision: Decision
     run: Run | None
     """The kernel itself, for a plain eager call. None where no backend serves."""
@@ -180,7 +178,7 @@ class Plan:
         """Whether it was made for such a weight. A gate's weight may be replaced."""
         target = self.target
         return (
-            weight.dtype == self.dtype
+            weight.dtype == target.dtype
             and weight.device == target.device
             and weight.shape == (target.num_experts, target.hidden_size)
         )
@@ -232,8 +230,9 @@ class Plan:
             return "num_tokens", f"M is {hidden_states.shape[0]}, must be {either(num_tokens)}"
         if hidden_states.device != weight.device:
             return "device", f"hidden_states is on {hidden_states.device}, weight {weight.device}"
-        if hidden_states.dtype != weight.dtype:
-            return "dtype", f"hidden_states is {hidden_states.dtype}, must be {weight.dtype}"
+        needed = torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype
+        if hidden_states.dtype != needed:
+            return "dtype", f"hidden_states is {hidden_states.dtype}, must be {needed}"
         if not backends.fits(hidden_states, weight):
             shapes = f"{list(hidden_states.shape)} and {list(weight.shape)}"
             return "shape", f"hidden_states and weight are {shapes}, must be [M, K] and [N, K]"
@@ -312,13 +311,13 @@ def make_plan(
     settings = deterministic_inference(), pdl_enabled()
     key = (asked, device, weight.shape, weight.dtype, type(gate), own_forward, *settings)
     if key not in _plans:
-        target = Target(device, device_sm(device), *weight.shape)
+        target = _target(weight, device)
         ranks = Round(f"{list(weight.shape)} {weight.dtype}") if requested is None else None
 
         def unavailable(backend: Backend) -> str | None:
             return backend.missing(target.sm) or _reason(load_kernel(backend, target))
 
-        plan = _plan(asked, target, weight.dtype, unavailable)
+        plan = _plan(asked, target, unavailable)
         if gate is not None and own_forward is not None:
             plan = _without(plan, _difference(plan, gate, own_forward))
         if ranks is not None:
@@ -336,7 +335,7 @@ def _difference(plan: Plan, gate: torch.nn.Module, own_forward: OwnForward) -> s
     kernel = run  # not None, for the closure
     try:
         return run_isolated(
-            lambda: find_difference(gate, own_forward, kernel, target, plan.dtype, num_tokens),
+            lambda: find_difference(gate, own_forward, kernel, target, num_tokens),
             target.device,
             LOAD_LIMIT_S,
         )
@@ -362,29 +361,29 @@ def _without(plan: Plan, reason: str | None) -> Plan:
 
 def find_plan(weight: torch.Tensor) -> Plan:
     """The plan for a weight that came after the load. It loads nothing."""
-    target = Target(weight.device, device_sm(weight.device), *weight.shape)
+    target = _target(weight, weight.device)
 
     def unavailable(backend: Backend) -> str | None:
-        return _reason(find_kernel(backend, target.device, *weight.shape))
+        return _reason(find_kernel(backend, target.device, target.dtype, *weight.shape))
 
-    plan = _plan(requested_backend(), target, weight.dtype, unavailable)
+    plan = _plan(requested_backend(), target, unavailable)
     _warn_at_load(plan)
     return plan
 
 
-def _plan(
-    requested: str,
-    target: Target,
-    dtype: torch.dtype,
-    unavailable: Callable[[Backend], str | None],
-) -> Plan:
-    decision = decide(requested, target, dtype, unavailable, deterministic_inference())
+def _plan(requested: str, target: Target, unavailable: Callable[[Backend], str | None]) -> Plan:
+    decision = decide(requested, target, unavailable, deterministic_inference())
     kernel: Run | str = "none"
     if decision.backend is not None:
-        shape = target.num_experts, target.hidden_size
-        kernel = find_kernel(decision.backend, target.device, *shape)
+        weight = target.dtype, target.num_experts, target.hidden_size
+        kernel = find_kernel(decision.backend, target.device, *weight)
     run = None if isinstance(kernel, str) else kernel
-    return Plan(requested, target, dtype, decision, run, pdl_enabled())
+    return Plan(requested, target, decision, run, pdl_enabled())
+
+
+def _target(weight: torch.Tensor, device: torch.device) -> Target:
+    num_experts, hidden_size = weight.shape
+    return Target(device, device_sm(device), num_experts, hidden_size, weight.dtype)
 
 
 def _reason(kernel: Run | str) -> str | None:
@@ -398,9 +397,8 @@ def _announce(plan: Plan) -> None:
         return
     served = ", ".join(f"M {tokens} {name or 'SGLang'}" for tokens, name in decision.ranges())
     logger.info(
-        "Router GEMM [%d, %d] on SM %s: %s (backend %s, PDL %s)",
-        plan.target.num_experts,
-        plan.target.hidden_size,
+        "Router GEMM %s on SM %s: %s (backend %s, PDL %s)",
+        plan.target,
         plan.target.sm,
         served if warned or decision.backend is not None else f"{served}: {decision.reason}",
         plan.requested,

@@ -15,6 +15,13 @@ namespace router_gemm {
 
 constexpr int kNumExperts = ROUTER_GEMM_NUM_EXPERTS, kHiddenSize = ROUTER_GEMM_HIDDEN_SIZE;
 constexpr int kMaxTokens = 128;
+#ifdef ROUTER_GEMM_FP32
+using Weight = float;
+constexpr DLDataType kWeight = kFloat32;
+#else
+using Weight = __nv_bfloat16;
+constexpr DLDataType kWeight = kBfloat16;
+#endif
 constexpr const char* kName = "cluster_router_gemm";
 
 // A wide tile has fewer CTAs read each token; with N below 256 it would leave too few of them to
@@ -22,7 +29,7 @@ constexpr const char* kName = "cluster_router_gemm";
 constexpr int kExperts = kNumExperts < 256 || kNumExperts % 32 != 0 ? 16 : 32;
 
 template <int kTokens, bool kManyPasses>
-using ShapeOf = Shape<kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses>;
+using ShapeOf = Shape<Weight, kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses>;
 using Few = ShapeOf<8, false>;
 using Some = ShapeOf<16, false>;
 using Many = ShapeOf<16, true>;
@@ -38,7 +45,7 @@ void prepare(int64_t device) {
 
 void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pdl) {
   check_tensor(hidden_states, "hidden_states", 2, kBfloat16);
-  check_tensor(weight, "weight", 2, kBfloat16);
+  check_tensor(weight, "weight", 2, kWeight);
   check_tensor(logits, "logits", 2, kFloat32);
   const int64_t num_tokens = hidden_states.size(0);
   if (num_tokens > kMaxTokens) {

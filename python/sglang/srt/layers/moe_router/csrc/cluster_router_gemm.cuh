@@ -1,5 +1,5 @@
-// Router GEMM of DeepSeek-V3-class models: logits[M, N] = hidden_states[M, K] @ weight[N, K].T,
-// bf16 in, fp32 out. docs/kernel.md draws who holds what and counts the bytes.
+// Router GEMM of MoE models: logits[M, N] = hidden_states[M, K] @ weight[N, K].T, hidden_states in
+// bf16, the weight in bf16 or fp32, fp32 out. docs/kernel.md draws who holds what and counts the bytes.
 //
 // A cluster of 8 CTAs computes kExperts experts; each CTA holds one eighth of K, and each of its
 // warps one chunk of that, loaded from global memory straight into the registers of mma.m16n8k16.
@@ -20,7 +20,9 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx.cuh"
 
@@ -30,20 +32,25 @@ constexpr int kRanks = 8;  // CTAs of a cluster, the most that is portable
 
 // ---- PTX -------------------------------------------------------------------------------------
 
-// Loads of 16 bytes. Relaxed, not weak: ptxas keeps the order in which they are written, and L1,
-// where an older copy of a line may lie, is passed by.
-__device__ __forceinline__ uint4 load_global(const __nv_bfloat16* from) {
-  uint4 value;
+// Relaxed, not weak: ptxas keeps the order in which they are written, and L1, where an older copy of
+// a line may lie, is passed by.
+__device__ __forceinline__ void load_global(uint4& value, const __nv_bfloat16* from) {
   asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(from)
                : "memory");
-  return value;
 }
 
-// The same for what is read once: the first of L2 to go, and kBytes come from memory at once.
+__device__ __forceinline__ void load_global(uint2& value, const __nv_bfloat16* from) {
+  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(from)
+               : "memory");
+}
+
+// 16 bytes of what is read once: the first of L2 to go, and kBytes come from memory at once.
 template <int kBytes>
-__device__ __forceinline__ uint4 load_once(const __nv_bfloat16* from, uint64_t evict_first) {
+__device__ __forceinline__ uint4 load_once(const void* from, uint64_t evict_first) {
   static_assert(kBytes == 128 || kBytes == 256, "what L2 can be told to fetch");
   uint4 value;
   if constexpr (kBytes == 256) {
@@ -112,8 +119,50 @@ __device__ __forceinline__ void mma(
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ float sum_of(const float (&chains)[4][4], int i) {
-  return (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
+// The first four chains are the sums of the high terms, the others of what fp32 weights have below
+// them. That is not a number where an infinity meets a zero there.
+template <int kChains>
+__device__ __forceinline__ float sum_of(const float (&chains)[kChains][4], int i) {
+  const float sum = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
+  if constexpr (kChains == 4) {
+    return sum;
+  } else {
+    return fabsf(sum) < INFINITY ? sum + (chains[4][i] + chains[5][i]) : sum;
+  }
+}
+
+// ---- fp32 weights ----------------------------------------------------------------------------
+
+// Two pairs of bf16: what a lane holds of a row of a k16 step.
+using Pairs = uint2;
+
+__device__ __forceinline__ uint32_t high_halves(float first, float second) {
+  return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x7632);
+}
+
+// What is left of a float without its high half, exactly.
+__device__ __forceinline__ float below(float value) {
+  return value - __uint_as_float(__float_as_uint(value) & 0xffff0000u);
+}
+
+// Four fp32 as the sum of three bf16 each, of 8 bits of the mantissa.
+__device__ __forceinline__ void split(const uint4& loaded, Pairs (&terms)[3]) {
+  float values[4] = {
+      __uint_as_float(loaded.x),
+      __uint_as_float(loaded.y),
+      __uint_as_float(loaded.z),
+      __uint_as_float(loaded.w)};
+#pragma unroll
+  for (int term = 0; term < 3; ++term) {
+    terms[term].x = high_halves(values[0], values[1]);
+    terms[term].y = high_halves(values[2], values[3]);
+    if (term < 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i] = below(values[i]);
+      }
+    }
+  }
 }
 
 // Adds in pairs, then pairs of pairs: the same tree for every M.
@@ -135,8 +184,15 @@ __device__ __forceinline__ float4 tree_sum(float4 (&values)[kCount]) {
 // ---- Shapes ----------------------------------------------------------------------------------
 
 // kNumExperts is N, kHiddenSize is K. kExperts are computed by one cluster, kTokens in one pass.
-template <int kNumExperts_, int kHiddenSize_, int kExperts_, int kTokens_, bool kManyPasses_>
+template <
+    typename Weight_,
+    int kNumExperts_,
+    int kHiddenSize_,
+    int kExperts_,
+    int kTokens_,
+    bool kManyPasses_>
 struct Shape {
+  using Weight = Weight_;  // __nv_bfloat16 or float
   static constexpr int kNumExperts = kNumExperts_, kHiddenSize = kHiddenSize_;
   static constexpr int kExperts = kExperts_, kTokens = kTokens_;
   static constexpr bool kManyPasses = kManyPasses_;
@@ -145,10 +201,15 @@ struct Shape {
   static_assert(kHiddenSize % (kRanks * 64) == 0, "K must be a multiple of 512");
 
   static constexpr int kSlice = kHiddenSize / kRanks;            // K of a CTA
-  static constexpr int kChunk = kHiddenSize % 1024 ? 64 : 128;  // K of a warp
+  static constexpr bool kWide = sizeof(Weight) == 4;
+  // K of a warp.
+  static constexpr int kChunk = kWide || kHiddenSize % 1024 ? 64 : 128;
   static constexpr int kWarps = kSlice / kChunk, kThreads = 32 * kWarps;
-  static constexpr int kLoads = kChunk / 32;  // a lane's, 16 bytes each, of a row of the chunk
-  static constexpr int kRun = kTokens == 8 ? kLoads : 2;  // of them one after another
+  static constexpr int kEach = 16 / sizeof(Weight);    // elements of a lane's load, of four lanes'
+  static constexpr int kLoads = kChunk / (4 * kEach);  // a lane's of a row of the chunk
+  static constexpr int kSteps = kChunk / 16;           // of k16
+  static constexpr int kTerms = kWide ? 3 : 1;         // bf16 of a weight
+  static constexpr int kRun = kTokens == 8 ? (kLoads < 4 ? kLoads : 4) : 2;  // loads one after another
   static constexpr int kExpertTiles = kExperts / 8, kTokenTiles = kTokens / 8;  // of 8 rows
   static constexpr int kQuads = kExperts / 4;  // threads that sum up a token, four experts each
 
@@ -167,30 +228,70 @@ struct Shape {
 // ---- Kernel ----------------------------------------------------------------------------------
 
 // What a lane holds of its warp's chunk of K: of each tile of 8 rows the row lane / 4, and of the
-// 32 elements of a load the 8 from lane % 4 * 8. To an mma, these are the places 2t, 2t + 1 and
-// 2t + 8, 2t + 9 of a k16 step, twice. Both operands permute K alike, so the sum is the same.
+// elements of four lanes' loads the kEach from lane % 4 * kEach. To an mma, these are the places 2t,
+// 2t + 1 and 2t + 8, 2t + 9 of a k16 step, twice where they are bf16. Both operands permute K alike,
+// so the sum is the same.
 template <typename S>
 using Weights = uint4[S::kExpertTiles][S::kLoads];
 template <typename S>
-using Tokens = uint4[S::kTokenTiles][S::kLoads];
+using TokenLoad = std::conditional_t<S::kWide, uint2, uint4>;
+template <typename S>
+using Tokens = TokenLoad<S>[S::kTokenTiles][S::kLoads];
+template <typename S>
+using Terms = Pairs[S::kExpertTiles][S::kSteps][S::kTerms];
+
+template <typename S>
+__device__ __forceinline__ void take_terms(const Weights<S>& weights, Terms<S>& terms) {
+#pragma unroll
+  for (int tile = 0; tile < S::kExpertTiles; ++tile) {
+#pragma unroll
+    for (int i = 0; i < S::kLoads; ++i) {
+      const uint4& loaded = weights[tile][i];
+      if constexpr (S::kWide) {
+        split(loaded, terms[tile][i]);
+      } else {
+        terms[tile][2 * i][0] = make_uint2(loaded.x, loaded.y);
+        terms[tile][2 * i + 1][0] = make_uint2(loaded.z, loaded.w);
+      }
+    }
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ Pairs token_pairs(const Tokens<S>& tokens, int tile, int step) {
+  if constexpr (S::kWide) {
+    return tokens[tile][step];
+  } else {
+    const uint4& loaded = tokens[tile][step / 2];
+    return step % 2 ? make_uint2(loaded.z, loaded.w) : make_uint2(loaded.x, loaded.y);
+  }
+}
 
 // Multiplies a warp's chunk and stores the sums, [token][expert], at `sums` of shared memory. The
 // tokens are B where 8 are enough, which halves the work, and A where there are 16. A dot product
-// is the same either way, to the bit. Four chains of sums, for a quarter of the latency.
+// is the same either way, to the bit. Four chains of sums, for a quarter of the latency, and two
+// for the lower terms.
 template <typename S>
 __device__ __forceinline__ void multiply(
-    const Weights<S>& weights, const Tokens<S>& tokens, uint32_t sums) {
+    const Terms<S>& weights, const Tokens<S>& tokens, uint32_t sums) {
+  constexpr int kChains = S::kTerms == 1 ? 4 : 6;
   const unsigned lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4 * 2;
+  const auto chain_of = [](int step, int term) {
+    const int half = step * 2 / S::kSteps;
+    return term == 0 ? half * 2 + step % 2 : 4 + half;
+  };
   if constexpr (S::kTokens == 8) {
 #pragma unroll
     for (int m = 0; m < S::kExpertTiles / 2; ++m) {
-      float chains[4][4] = {};
+      float chains[kChains][4] = {};
 #pragma unroll
-      for (int i = 0; i < S::kLoads; ++i) {
-        const uint4 &low = weights[2 * m][i], &high = weights[2 * m + 1][i], &b = tokens[0][i];
-        const int chain = i * 2 / S::kLoads * 2;
-        mma(chains[chain], low.x, high.x, low.y, high.y, b.x, b.y);
-        mma(chains[chain + 1], low.z, high.z, low.w, high.w, b.z, b.w);
+      for (int step = 0; step < S::kSteps; ++step) {
+        const Pairs b = token_pairs<S>(tokens, 0, step);
+#pragma unroll
+        for (int term = S::kTerms - 1; term >= 0; --term) {
+          const Pairs &low = weights[2 * m][step][term], &high = weights[2 * m + 1][step][term];
+          mma(chains[chain_of(step, term)], low.x, high.x, low.y, high.y, b.x, b.y);
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -199,16 +300,17 @@ __device__ __forceinline__ void multiply(
       }
     }
   } else {
-    float chains[S::kExpertTiles][4][4] = {};
+    float chains[S::kExpertTiles][kChains][4] = {};
 #pragma unroll
-    for (int i = 0; i < S::kLoads; ++i) {
-      const uint4 &low = tokens[0][i], &high = tokens[1][i];
-      const int chain = i * 2 / S::kLoads * 2;
+    for (int step = 0; step < S::kSteps; ++step) {
+      const Pairs low = token_pairs<S>(tokens, 0, step), high = token_pairs<S>(tokens, 1, step);
 #pragma unroll
       for (int n = 0; n < S::kExpertTiles; ++n) {
-        const uint4& b = weights[n][i];
-        mma(chains[n][chain], low.x, high.x, low.y, high.y, b.x, b.y);
-        mma(chains[n][chain + 1], low.z, high.z, low.w, high.w, b.z, b.w);
+#pragma unroll
+        for (int term = S::kTerms - 1; term >= 0; --term) {
+          const Pairs& b = weights[n][step][term];
+          mma(chains[n][chain_of(step, term)], low.x, high.x, low.y, high.y, b.x, b.y);
+        }
       }
     }
 #pragma unroll
@@ -228,7 +330,7 @@ __device__ __forceinline__ void multiply(
 template <typename S>
 __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
     cluster_router_gemm_kernel(
-        const __nv_bfloat16* __restrict__ weight,
+        const typename S::Weight* __restrict__ weight,
         const __nv_bfloat16* __restrict__ hidden_states,
         float* __restrict__ logits,
         unsigned num_tokens) {
@@ -236,8 +338,8 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, row = lane / 4;
   const unsigned rank = blockIdx.x % kRanks;
   const unsigned first_expert = blockIdx.x / kRanks * S::kExperts;
-  const unsigned column = rank * S::kSlice + warp * S::kChunk + lane % 4 * 8;
-  const __nv_bfloat16* weight_at = weight + ((first_expert + row) * S::kHiddenSize + column);
+  const unsigned column = rank * S::kSlice + warp * S::kChunk + lane % 4 * S::kEach;
+  const typename S::Weight* weight_at = weight + ((first_expert + row) * S::kHiddenSize + column);
 
   Weights<S> weights;
   Tokens<S> tokens;
@@ -249,7 +351,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
       const int tile = j / S::kRun % S::kExpertTiles;
       const int i = j / (S::kRun * S::kExpertTiles) * S::kRun + j % S::kRun;
       weights[tile][i] = load_once<S::kRun * 64>(
-          weight_at + (tile * 8 * S::kHiddenSize + i * 32), evict_first);
+          weight_at + (tile * 8 * S::kHiddenSize + i * 4 * S::kEach), evict_first);
     }
   };
   const auto load_tokens = [&](unsigned pass) {
@@ -260,7 +362,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
       const __nv_bfloat16* token_at = hidden_states + (token * S::kHiddenSize + column);
 #pragma unroll
       for (int i = 0; i < S::kLoads; ++i) {
-        tokens[tile][i] = load_global(token_at + i * 32);
+        load_global(tokens[tile][i], token_at + i * 4 * S::kEach);
       }
     }
   };
@@ -297,9 +399,12 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
     for (int tile = 0; tile < S::kTokenTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < S::kLoads; ++i) {
-        const uint4& loaded = tokens[tile][i];
-        current[tile][i] =
-            make_uint4(loaded.x ^ zero, loaded.y ^ zero, loaded.z ^ zero, loaded.w ^ zero);
+        const TokenLoad<S>& loaded = tokens[tile][i];
+        current[tile][i] = loaded;
+        current[tile][i].x ^= zero, current[tile][i].y ^= zero;
+        if constexpr (!S::kWide) {
+          current[tile][i].z ^= zero, current[tile][i].w ^= zero;
+        }
       }
     }
   };
@@ -328,7 +433,9 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   if constexpr (S::kManyPasses) {
     load_tokens(1);
   }
-  multiply<S>(weights, current, store_at);
+  Terms<S> terms;
+  take_terms<S>(weights, terms);
+  multiply<S>(terms, current, store_at);
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   push_sums(0);
@@ -342,7 +449,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
       if (pass + 1 < passes) {
         load_tokens(pass + 1);
       }
-      multiply<S>(weights, current, store_at + pass % 2 * S::kSumsOfPass);
+      multiply<S>(terms, current, store_at + pass % 2 * S::kSumsOfPass);
       __syncthreads();
       push_sums(pass);
     }
@@ -398,7 +505,7 @@ cudaError_t launch(
   return cudaLaunchKernelEx(
       &config,
       cluster_router_gemm_kernel<S>,
-      static_cast<const __nv_bfloat16*>(weight),
+      static_cast<const typename S::Weight*>(weight),
       static_cast<const __nv_bfloat16*>(hidden_states),
       logits,
       static_cast<unsigned>(num_tokens));
