@@ -179,6 +179,32 @@ def routing(run: Results) -> str:
     )
 
 
+def fp32_weights(run: Results) -> str:
+    """µs of a call with fp32 weights, by shape and M, and the error against fp64."""
+    names = ("ours: cluster", "F.linear", "F.linear, TF32")
+    errors = {(each["num_experts"], each["hidden_size"]): each for each in run["relative_error"]}
+    rows = []
+    for each in run["us"]:
+        shape = each["num_experts"], each["hidden_size"]
+        error = errors[shape]
+        rows.append(
+            (
+                f"{shape[0]} x {shape[1]}",
+                str(each["num_tokens"]),
+                *(f"{each[name]:.2f}" for name in names),
+                f"{error[names[0]]:.0e}, {error[names[1]]:.0e}",
+            )
+        )
+    versions = ", ".join(f"{name} {run['versions'][name]}" for name in NAMED)
+    return "\n\n".join(
+        [
+            f"µs of one call (`chain`) on {run['gpu']} ({run['date']}; {versions}; median of "
+            f"{run['rounds']} rounds); error of the first two against fp64:",
+            _github(rows, ("N x K", "M", *names, "error")),
+        ]
+    )
+
+
 def not_measured(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
     """What the committed results do not have."""
     gpus = sorted(
@@ -238,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "backends": backends_table(BACKENDS.values()),
         "benchmark": plotted,
         "cluster": plotted,
+        "fp32": "\n\n".join(map(fp32_weights, _load(arguments.benchmarks / "fp32"))) or NO_RESULTS,
         "headline": headline(_read(headline_run)),
         "not_measured": not_measured(servers, benchmarks),
         "route": "\n\n".join(map(routing, _load(arguments.benchmarks / "route"))) or NO_RESULTS,

@@ -60,7 +60,7 @@ def provider(name: str, gemm: Gemm = exact, **fields: Any) -> Provider:
         (["--num-tokens", "1", "129"], "'129', must be 1 to 128"),
         (["--num-tokens", "many"], "'many'"),
         (["--num-experts", "100"], "100"),
-        (["--hidden-dim", "4096"], "4096"),
+        (["--hidden-dim", "4352"], "4352"),
         (["--tp-sizes", "0"], "'0', must be 1 to 8"),
         (["--rounds", "-1"], "'-1'"),
         (["--providers", "nobody"], "'nobody'"),
