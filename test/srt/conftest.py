@@ -160,10 +160,11 @@ def random_inputs(
     device: str = "cpu",
     num_experts: int = DEEPSEEK_V3.num_experts,
     hidden_size: int = DEEPSEEK_V3.hidden_size,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh bf16 `hidden_states` and `weight`."""
+    """Fresh bf16 `hidden_states`, and a `weight` of a dtype."""
     hidden_states = torch.randn(num_tokens, hidden_size, dtype=torch.bfloat16, device=device)
-    weight = torch.randn(num_experts, hidden_size, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(num_experts, hidden_size, dtype=dtype, device=device)
     return hidden_states, weight
 
 

@@ -13,9 +13,14 @@ SM = device_sm(torch.device("cuda", 0)) or 0
 """Of the first GPU; 0 where there is none, and the tests are skipped."""
 
 
-def run_of(backend: str, num_experts: int = 256, hidden_size: int = 7168) -> Run:
+def run_of(
+    backend: str,
+    num_experts: int = 256,
+    hidden_size: int = 7168,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Run:
     """The kernel of `backend`, loaded; the test is skipped where it cannot be had."""
-    weight = torch.empty(num_experts, hidden_size, dtype=torch.bfloat16, device="cuda")
+    weight = torch.empty(num_experts, hidden_size, dtype=dtype, device="cuda")
     plan = make_plan(weight, backend)
     if plan.run is None:
         assert backend == "sgl_kernel", plan.decision.reason

@@ -130,7 +130,7 @@ def test_the_backends_are_those_of_the_records(tmp_path: Path) -> None:
     assert cluster[2:7] == [
         "90 or newer",
         "a multiple of 16 up to 1024",
-        "a multiple of 512 up to 8192",
+        "a multiple of 64 up to 8192",
         "0 to 128",
         "bfloat16 or float32",
     ]

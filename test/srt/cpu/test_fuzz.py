@@ -30,7 +30,7 @@ TARGETS = st.builds(
     device=mostly("cuda", other=st.sampled_from(["cpu", "xpu", "meta"])).map(torch.device),
     sm=mostly(90, 100, 103, other=st.one_of(st.none(), st.integers(0, 200))),
     num_experts=mostly(256, 384, 160, 128, other=_around(1024, step=16)),
-    hidden_size=mostly(7168, 6144, 5120, other=_around(8192, step=512)),
+    hidden_size=mostly(7168, 6144, 5120, other=_around(8192, step=64)),
     dtype=mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
 )
 UNAVAILABLE = st.fixed_dictionaries(
@@ -48,7 +48,7 @@ def _serves(backend: str, target: Target, num_tokens: int) -> bool:
     if dtype != torch.bfloat16 and (backend, dtype) != ("cluster", torch.float32):
         return False
     if backend == "cluster":
-        return n % 16 == 0 and 0 < n <= 1024 and k % 512 == 0 and 0 < k <= 8192 and m <= 128
+        return n % 16 == 0 and 0 < n <= 1024 and k % 64 == 0 and 0 < k <= 8192 and m <= 128
     served = {"flashinfer": (256,), "sgl_kernel": (256, 384)}[backend]
     return n in served and k == 7168 and 1 <= m <= 16
 

@@ -312,6 +312,7 @@ class _WithCache(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(32, 64, dtype=torch.bfloat16))
+        self.copy: torch.Tensor | None
         self.register_buffer("copy", None)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

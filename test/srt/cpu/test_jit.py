@@ -70,17 +70,20 @@ def use_nvcc(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 # Every SM for DeepSeek-V3, other models on SM 90, and the ends of the rule.
-COMPILED = [(256, 7168, sm) for sm in (90, 100, 103, 120)]
-COMPILED += [(384, 7168, 90), (128, 7168, 90), (256, 6144, 90), (160, 5120, 90)]
-COMPILED += [(16, 512, 90), (1024, 8192, 90), (1024, 8192, 120), (256, 3584, 120)]
+BF16, FP32 = torch.bfloat16, torch.float32
+COMPILED = [(256, 7168, BF16, sm) for sm in (90, 100, 103, 120)]
+COMPILED += [(384, 7168, BF16, 90), (128, 7168, BF16, 90), (256, 6144, BF16, 90)]
+COMPILED += [(16, 64, BF16, 90), (1024, 8192, BF16, 90), (1024, 8192, BF16, 120)]
+COMPILED += [(256, 3584, BF16, 120), (128, 2880, BF16, 90), (160, 5120, FP32, 90)]
+COMPILED += [(256, 3072, FP32, 90), (256, 2816, FP32, 100), (128, 4096, FP32, 120)]
 
 
 @pytest.mark.xdist_group("compiles")
-@pytest.mark.parametrize(("num_experts", "hidden_size", "sm"), COMPILED)
+@pytest.mark.parametrize(("num_experts", "hidden_size", "dtype", "sm"), COMPILED)
 def test_it_compiles_without_spills_in_20_seconds(
-    num_experts: int, hidden_size: int, sm: int, tmp_path: Path, cache: Path
+    num_experts: int, hidden_size: int, dtype: torch.dtype, sm: int, tmp_path: Path
 ) -> None:
-    spec = cluster.spec(num_experts, hidden_size, sm)
+    spec = cluster.spec(num_experts, hidden_size, sm, dtype)
     include = Path(tvm_ffi.__file__).parent / "include"
     started = time.perf_counter()
     done = subprocess.run(
@@ -120,9 +123,13 @@ def test_the_rule_and_the_kernel_have_one_largest_m(built: Path) -> None:
 
 def test_the_key_is_what_the_binary_depends_on(tmp_path: Path) -> None:
     keys = {
-        cluster.spec(n, k, sm).key() for n in (256, 384) for k in (512, 7168) for sm in (90, 100)
+        cluster.spec(n, k, sm, dtype).key()
+        for n in (256, 384)
+        for k in (512, 7168)
+        for sm in (90, 100)
+        for dtype in (BF16, FP32)
     }
-    assert len(keys) == 8
+    assert len(keys) == 16
     copy = tmp_path / SPEC.source.name
     for file in SPEC.source.parent.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

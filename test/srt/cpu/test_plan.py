@@ -110,8 +110,8 @@ def test_a_cpu_is_left_to_sglang(requested: str) -> None:
         ("cluster", {"num_experts": 8}, "N is 8, must be a multiple of 16 up to 1024"),
         ("cluster", {"num_experts": 250}, "N is 250, must be a multiple of 16 up to 1024"),
         ("cluster", {"num_experts": 1040}, "N is 1040, must be a multiple of 16 up to 1024"),
-        ("cluster", {"hidden_size": 7000}, "K is 7000, must be a multiple of 512 up to 8192"),
-        ("cluster", {"hidden_size": 8704}, "K is 8704, must be a multiple of 512 up to 8192"),
+        ("cluster", {"hidden_size": 7000}, "K is 7000, must be a multiple of 64 up to 8192"),
+        ("cluster", {"hidden_size": 8704}, "K is 8704, must be a multiple of 64 up to 8192"),
     ],
 )
 def test_a_forced_backend_refuses_a_weight(
@@ -156,9 +156,9 @@ def test_a_forced_flashinfer_goes_wherever_it_is_available(sm: int) -> None:
 @pytest.mark.parametrize("sm", [90, 100, 103, 120])
 @pytest.mark.parametrize(
     ("num_experts", "hidden_size"),
-    [(256, 7168), (384, 7168), (128, 7168), (256, 6144), (160, 5120), (16, 512), (1024, 8192)],
+    [(256, 7168), (384, 7168), (128, 7168), (256, 6144), (160, 5120), (16, 64), (1024, 8192)],
 )
-def test_a_forced_cluster_serves_multiples_of_16_and_512(
+def test_a_forced_cluster_serves_multiples_of_16_and_64(
     num_experts: int, hidden_size: int, sm: int
 ) -> None:
     target = Target(GPU, sm, num_experts, hidden_size)

@@ -27,6 +27,12 @@ MAX_RELATIVE_ERROR_CUBLAS = 1e-5
 # DeepSeek-V3, Kimi-K2, Mistral Large 3, GLM-5, DeepSeek-V2, and the ends of the rule.
 SHAPES = [(256, 7168), (384, 7168), (128, 7168), (256, 6144), (160, 5120)]
 SHAPES += [(16, 512), (48, 1536), (256, 3584), (512, 8192)]
+# Where the last warps have no chunk of K: gpt-oss, Kimi-Linear, and as few as can be.
+SHAPES += [(128, 2880), (256, 2304), (128, 1088), (32, 64)]
+WEIGHTS = [(*shape, torch.bfloat16) for shape in SHAPES]
+# GLM-4.5, GLM-4.5-Air, MiniMax-M2, GLM-4.7-Flash, Hy4, LongCat-Flash.
+FP32_SHAPES = [(160, 5120), (128, 4096), (256, 3072), (64, 2048), (256, 2816), (768, 6144)]
+WEIGHTS += [(*shape, torch.float32) for shape in FP32_SHAPES]
 NUM_TOKENS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128)
 
 CSRC = Path(__file__).parent / "csrc"
@@ -43,14 +49,16 @@ def _poisoned(num_tokens: int, num_experts: int = 256) -> torch.Tensor:
 
 def _run(hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool = False) -> torch.Tensor:
     logits = _poisoned(len(hidden_states), len(weight))
-    return run_of("cluster", *weight.shape)(hidden_states, weight, logits, pdl)
+    num_experts, hidden_size = weight.shape
+    run = run_of("cluster", num_experts, hidden_size, weight.dtype)
+    return run(hidden_states, weight, logits, pdl)
 
 
-@pytest.mark.parametrize(("num_experts", "hidden_size"), SHAPES)
-def test_numbers_and_bits_of_a_row(num_experts: int, hidden_size: int) -> None:
+@pytest.mark.parametrize(("num_experts", "hidden_size", "dtype"), WEIGHTS)
+def test_numbers_and_bits_of_a_row(num_experts: int, hidden_size: int, dtype: torch.dtype) -> None:
     """Every M is right, and a row has the bits that it has in a batch of 128, PDL or not."""
     for scale in (1.0, 2.0**-20):
-        hidden_states, weight = random_inputs(128, "cuda", num_experts, hidden_size)
+        hidden_states, weight = random_inputs(128, "cuda", num_experts, hidden_size, dtype)
         hidden_states *= scale
         all_rows = _run(hidden_states, weight)
         for num_tokens in NUM_TOKENS:
@@ -59,6 +67,51 @@ def test_numbers_and_bits_of_a_row(num_experts: int, hidden_size: int) -> None:
                 error = relative_error(logits, hidden_states[:num_tokens], weight)
                 assert error < MAX_RELATIVE_ERROR, (num_tokens, pdl)
                 assert torch.equal(logits, all_rows[:num_tokens]), (num_tokens, pdl)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_fp32_weights_of_any_scale(scale: float) -> None:
+    """Down to 2^-110 all three terms are there."""
+    hidden_states, weight = random_inputs(64, "cuda", 160, 5120, torch.float32)
+    weight *= scale
+    for num_tokens in (1, 8, 16, 64):
+        logits = _run(hidden_states[:num_tokens], weight)
+        assert relative_error(logits, hidden_states[:num_tokens], weight) < MAX_RELATIVE_ERROR
+
+
+HOOKED = """
+import importlib, types
+import torch
+import sglang_router_gemm
+from sglang_router_gemm import hooks
+hooks.register()
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cuda"))
+torch.set_float32_matmul_precision("{precision}")
+module = importlib.import_module("sglang.srt.models.glm4_moe")
+from sglang.srt.models.deepseek_v2_gate import router_logits
+with torch.device("cuda"), torch.no_grad():
+    gate = module.Glm4MoeGate(types.SimpleNamespace(n_routed_experts=160, hidden_size=5120))
+    gate.requires_grad_(False)
+    torch.nn.init.normal_(gate.weight)
+    for num_tokens in (1, 8, 16, 128, 129):
+        hidden_states = torch.randn(num_tokens, 5120, dtype=torch.bfloat16)
+        logits, ours = gate(hidden_states), router_logits(gate, hidden_states)
+        assert (ours is not None) == (num_tokens <= 128), gate.router_plan.decision.reason
+        assert ours is None or torch.equal(logits, ours)
+        expected = hidden_states.double() @ gate.weight.double().t()
+        error = float((logits.double() - expected).norm() / expected.norm())
+        assert error < (1e-6 if ours is not None else 1e-3), error
+print("RIGHT")
+"""
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_gate_of_glm(precision: str, run_python: Callable[..., str]) -> None:
+    """Under "high" SGLang's own is TF32, which must not make the load refuse the kernel."""
+    code = HOOKED.format(precision=precision)
+    said = run_python(code, SGLANG_ROUTER_GEMM_BACKEND="cluster")
+    assert "RIGHT" in said.splitlines(), said
 
 
 def test_bits_do_not_depend_on_the_other_rows_nor_on_the_place() -> None:
@@ -85,9 +138,11 @@ def test_run_after_run_the_same_bits() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("num_tokens", [1, 8, 13, 64])
-def test_nan_and_inf_come_out_where_the_reference_has_them(value: float, num_tokens: int) -> None:
-    run_of("cluster")
-    hidden_states, weight = random_inputs(num_tokens, "cuda")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nan_and_inf_come_out_where_the_reference_has_them(
+    value: float, num_tokens: int, dtype: torch.dtype
+) -> None:
+    hidden_states, weight = random_inputs(num_tokens, "cuda", 160, 5120, dtype)
     hidden_states[num_tokens // 2, 4321] = value
     weight[77, 1234] = value
     logits, expected = _run(hidden_states, weight), hidden_states.float() @ weight.float().t()

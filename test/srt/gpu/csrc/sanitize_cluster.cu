@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kNumExperts = 64, kHiddenSize = 2048;
+constexpr int kNumExperts = 64;
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) {
@@ -16,31 +16,36 @@ void check(cudaError_t error) {
   }
 }
 
-std::vector<__nv_bfloat16> small_integers(size_t count) {
-  std::vector<__nv_bfloat16> values(count);
+template <typename T>
+std::vector<T> integers(size_t count, int most) {
+  std::vector<T> values(count);
   for (auto& value : values) {
-    value = __nv_bfloat16(static_cast<float>(std::rand() % 5 - 2));
+    value = T(static_cast<float>(std::rand() % (2 * most + 1) - most));
   }
   return values;
 }
 
-__nv_bfloat16* on_device(const std::vector<__nv_bfloat16>& values) {
-  __nv_bfloat16* copy;
-  check(cudaMalloc(&copy, values.size() * sizeof(__nv_bfloat16)));
-  check(cudaMemcpy(copy, values.data(), values.size() * sizeof(__nv_bfloat16), cudaMemcpyDefault));
+template <typename T>
+T* on_device(const std::vector<T>& values) {
+  T* copy;
+  check(cudaMalloc(&copy, values.size() * sizeof(T)));
+  check(cudaMemcpy(copy, values.data(), values.size() * sizeof(T), cudaMemcpyDefault));
   return copy;
 }
 
-// Sums of small integers are exact, in whatever order.
-template <int kExperts, int kTokens, bool kManyPasses>
+// Sums of integers below 2^24 are exact, in whatever order. An fp32 weight here has two terms.
+template <typename Weight, int kHiddenSize, int kExperts, int kTokens, bool kManyPasses>
 void run(int num_tokens, bool pdl) {
-  const auto tokens = small_integers(static_cast<size_t>(num_tokens) * kHiddenSize);
-  const auto weight = small_integers(static_cast<size_t>(kNumExperts) * kHiddenSize);
-  auto *device_tokens = on_device(tokens), *device_weight = on_device(weight);
+  const auto tokens = integers<__nv_bfloat16>(static_cast<size_t>(num_tokens) * kHiddenSize, 2);
+  const int most = sizeof(Weight) == 4 ? 3000 : 2;
+  const auto weight = integers<Weight>(static_cast<size_t>(kNumExperts) * kHiddenSize, most);
+  auto* device_tokens = on_device(tokens);
+  auto* device_weight = on_device(weight);
   std::vector<float> logits(static_cast<size_t>(num_tokens) * kNumExperts);
   float* device_logits;
   check(cudaMalloc(&device_logits, logits.size() * sizeof(float)));
-  using Shape = router_gemm::Shape<kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses>;
+  using Shape =
+      router_gemm::Shape<Weight, kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses>;
   check(router_gemm::allow_shared_memory<Shape>(num_tokens));
   for (int i = 0; i < 2; ++i) {
     check(router_gemm::launch<Shape>(
@@ -65,19 +70,26 @@ void run(int num_tokens, bool pdl) {
   check(cudaFree(device_logits));
 }
 
+template <typename Weight, int kHiddenSize>
+void run_all(bool pdl) {
+  for (const int num_tokens : {1, 5, 8}) {
+    run<Weight, kHiddenSize, 16, 8, false>(num_tokens, pdl);
+    run<Weight, kHiddenSize, 32, 8, false>(num_tokens, pdl);
+  }
+  run<Weight, kHiddenSize, 16, 16, false>(9, pdl);
+  run<Weight, kHiddenSize, 32, 16, false>(16, pdl);
+  run<Weight, kHiddenSize, 16, 16, true>(17, pdl);
+  run<Weight, kHiddenSize, 32, 16, true>(77, pdl);
+  run<Weight, kHiddenSize, 32, 16, true>(128, pdl);
+}
+
 }  // namespace
 
 int main() {
   for (const bool pdl : {false, true}) {
-    for (const int num_tokens : {1, 5, 8}) {
-      run<16, 8, false>(num_tokens, pdl);
-      run<32, 8, false>(num_tokens, pdl);
-    }
-    run<16, 16, false>(9, pdl);
-    run<32, 16, false>(16, pdl);
-    run<16, 16, true>(17, pdl);
-    run<32, 16, true>(77, pdl);
-    run<32, 16, true>(128, pdl);
+    run_all<__nv_bfloat16, 2048>(pdl);
+    run_all<__nv_bfloat16, 1088>(pdl);  // the last warps have no chunk of K
+    run_all<float, 2048>(pdl);
   }
   std::puts("right");
 }

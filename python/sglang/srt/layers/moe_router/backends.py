@@ -317,7 +317,7 @@ BACKENDS: Mapping[str, Backend] = {
                 device_types=("cuda",),
                 min_sm=90,
                 num_experts=range(16, 1025, 16),
-                hidden_sizes=range(512, 8193, 512),
+                hidden_sizes=range(64, 8193, 64),
                 num_tokens=range(129),
                 dtypes=(torch.bfloat16, torch.float32),
             ),

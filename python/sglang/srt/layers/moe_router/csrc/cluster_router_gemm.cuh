@@ -198,13 +198,14 @@ struct Shape {
   static constexpr bool kManyPasses = kManyPasses_;
   static_assert(kExperts % 16 == 0 && kNumExperts % kExperts == 0, "experts are m16 or pairs of n8");
   static_assert(kTokens == 8 || kTokens == 16, "tokens are the mma's n8 or m16");
-  static_assert(kHiddenSize % (kRanks * 64) == 0, "K must be a multiple of 512");
+  static_assert(kHiddenSize % 64 == 0, "K must be a multiple of 64");
 
-  static constexpr int kSlice = kHiddenSize / kRanks;            // K of a CTA
   static constexpr bool kWide = sizeof(Weight) == 4;
-  // K of a warp.
-  static constexpr int kChunk = kWide || kHiddenSize % 1024 ? 64 : 128;
-  static constexpr int kWarps = kSlice / kChunk, kThreads = 32 * kWarps;
+  static constexpr int kChunk = kWide || kHiddenSize % 1024 ? 64 : 128;  // K of a warp
+  static constexpr int kChunks = kHiddenSize / kChunk;
+  static constexpr int kWarps = (kChunks + kRanks - 1) / kRanks, kThreads = 32 * kWarps;
+  static constexpr int kSlice = kWarps * kChunk;          // K of a CTA
+  static constexpr bool kUneven = kChunks % kRanks != 0;  // the last warps have no chunk
   static constexpr int kEach = 16 / sizeof(Weight);    // elements of a lane's load, of four lanes'
   static constexpr int kLoads = kChunk / (4 * kEach);  // a lane's of a row of the chunk
   static constexpr int kSteps = kChunk / 16;           // of k16
@@ -270,10 +271,10 @@ __device__ __forceinline__ Pairs token_pairs(const Tokens<S>& tokens, int tile, 
 // Multiplies a warp's chunk and stores the sums, [token][expert], at `sums` of shared memory. The
 // tokens are B where 8 are enough, which halves the work, and A where there are 16. A dot product
 // is the same either way, to the bit. Four chains of sums, for a quarter of the latency, and two
-// for the lower terms.
+// for the lower terms. A warp without a chunk has sums of zero.
 template <typename S>
 __device__ __forceinline__ void multiply(
-    const Terms<S>& weights, const Tokens<S>& tokens, uint32_t sums) {
+    const Terms<S>& weights, const Tokens<S>& tokens, bool has_chunk, uint32_t sums) {
   constexpr int kChains = S::kTerms == 1 ? 4 : 6;
   const unsigned lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4 * 2;
   const auto chain_of = [](int step, int term) {
@@ -296,7 +297,8 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const unsigned token = pair + i % 2, expert = m * 16 + i / 2 * 8 + row;
-        store_shared(sums + token * S::kSumBytes + expert * 4, sum_of(chains, i));
+        store_shared(
+            sums + token * S::kSumBytes + expert * 4, has_chunk ? sum_of(chains, i) : 0.0f);
       }
     }
   } else {
@@ -320,8 +322,8 @@ __device__ __forceinline__ void multiply(
         const unsigned token = i / 2 * 8 + row, expert = n * 8 + pair;
         store_shared(
             sums + token * S::kSumBytes + expert * 4,
-            sum_of(chains[n], i),
-            sum_of(chains[n], i + 1));
+            has_chunk ? sum_of(chains[n], i) : 0.0f,
+            has_chunk ? sum_of(chains[n], i + 1) : 0.0f);
       }
     }
   }
@@ -338,7 +340,9 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, row = lane / 4;
   const unsigned rank = blockIdx.x % kRanks;
   const unsigned first_expert = blockIdx.x / kRanks * S::kExperts;
-  const unsigned column = rank * S::kSlice + warp * S::kChunk + lane % 4 * S::kEach;
+  const unsigned chunk_at = rank * S::kSlice + warp * S::kChunk;
+  const bool has_chunk = !S::kUneven || chunk_at < S::kHiddenSize;  // else it reads the first, in vain
+  const unsigned column = (has_chunk ? chunk_at : 0) + lane % 4 * S::kEach;
   const typename S::Weight* weight_at = weight + ((first_expert + row) * S::kHiddenSize + column);
 
   Weights<S> weights;
@@ -435,7 +439,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   }
   Terms<S> terms;
   take_terms<S>(weights, terms);
-  multiply<S>(terms, current, store_at);
+  multiply<S>(terms, current, has_chunk, store_at);
   __syncthreads();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   push_sums(0);
@@ -449,7 +453,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
       if (pass + 1 < passes) {
         load_tokens(pass + 1);
       }
-      multiply<S>(terms, current, store_at + pass % 2 * S::kSumsOfPass);
+      multiply<S>(terms, current, has_chunk, store_at + pass % 2 * S::kSumsOfPass);
       __syncthreads();
       push_sums(pass);
     }
