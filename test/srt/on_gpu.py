@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
+from sglang.srt.layers.moe_router import jit
 from sglang.srt.layers.moe_router.kernel import Run, device_sm
 from sglang.srt.layers.moe_router.plan import make_plan
 from sglang.srt.models.deepseek_v2_gate import plan_gate
@@ -34,3 +39,31 @@ def gate_with(weight: torch.Tensor) -> torch.nn.Module:
     gate.weight = torch.nn.Parameter(weight, requires_grad=False)
     plan_gate(gate)
     return gate
+
+
+def build_program(source: Path, include: Path, program: Path) -> Path:
+    """Compiles a CUDA program that includes a kernel's header."""
+    subprocess.run(
+        [
+            *(str(jit.find_nvcc(SM)), "-std=c++17", "-O3", "-lineinfo"),
+            *(f"-gencode=arch=compute_{SM}a,code=sm_{SM}a", f"-I{include}"),
+            *(str(source), "-o", str(program)),
+        ],
+        check=True,
+    )
+    return program
+
+
+def assert_sanitized(tool: str, program: Path) -> None:
+    """The program must print "right" and compute-sanitizer find nothing."""
+    if not shutil.which("compute-sanitizer"):
+        pytest.skip("needs compute-sanitizer")
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "right" in done.stdout
+    assert "0 errors" in done.stdout or "0 hazards" in done.stdout

@@ -23,8 +23,8 @@ namespace router_gemm {
 
 // Whose arithmetic the weights have, to the bit.
 enum class Arithmetic { kFlashInfer, kTriton };
-// In which order they add up eight numbers: first those four apart (FlashInfer, newer PyTorch), first
-// those side by side (Triton 3.8, older PyTorch), or four after each other (Triton 3.6).
+// In which order they add up eight numbers: first those four apart (FlashInfer, newer PyTorch),
+// first those side by side (Triton 3.8, older PyTorch), or four after each other (Triton 3.6).
 enum class SumOrder { kFar, kNear, kFours };
 
 constexpr unsigned kAll = 0xffffffffu;

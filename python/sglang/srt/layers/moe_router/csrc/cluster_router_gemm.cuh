@@ -1,5 +1,6 @@
 // Router GEMM of MoE models: logits[M, N] = hidden_states[M, K] @ weight[N, K].T, hidden_states in
-// bf16, the weight in bf16 or fp32, fp32 out. docs/kernel.md draws who holds what and counts the bytes.
+// bf16, the weight in bf16 or fp32, fp32 out. docs/kernel.md draws who holds what and counts the
+// bytes.
 //
 // A cluster of 8 CTAs computes kExperts experts; each CTA holds one eighth of K, and each of its
 // warps one chunk of that, loaded from global memory straight into the registers of mma.m16n8k16.
@@ -7,10 +8,10 @@
 // the others push theirs to it with st.async, and its mbarrier counts the bytes, so no cluster
 // barrier closes.
 //
-// The floor of DeepSeek-V3's on an H100: 3.67 MB of weights at 3.0 TB/s, 1.22 µs, and 0.80 µs for an
-// empty kernel in the same place, part of which they overlap. So the order of the loads counts most;
-// then what is left to do once they are there: no trip through shared memory, no more products than
-// M needs.
+// The floor of DeepSeek-V3's on an H100: 3.67 MB of weights at 3.0 TB/s, 1.22 µs, and 0.80 µs for
+// an empty kernel in the same place, part of which they overlap. So the order of the loads counts
+// most; then what is left to do once they are there: no trip through shared memory, no more
+// products than M needs.
 //
 // Every sum has one order, whatever M is: a row's bits do not depend on the batch it came in.
 // PDL: global memory is read only after griddepcontrol.wait, so whatever an earlier kernel wrote,
@@ -32,8 +33,8 @@ constexpr int kRanks = 8;  // CTAs of a cluster, the most that is portable
 
 // ---- PTX -------------------------------------------------------------------------------------
 
-// Relaxed, not weak: ptxas keeps the order in which they are written, and L1, where an older copy of
-// a line may lie, is passed by.
+// Relaxed, not weak: ptxas keeps the order in which they are written, and L1, where an older copy
+// of a line may lie, is passed by.
 __device__ __forceinline__ void load_global(uint4& value, const __nv_bfloat16* from) {
   asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -196,7 +197,7 @@ struct Shape {
   static constexpr int kNumExperts = kNumExperts_, kHiddenSize = kHiddenSize_;
   static constexpr int kExperts = kExperts_, kTokens = kTokens_;
   static constexpr bool kManyPasses = kManyPasses_;
-  static_assert(kExperts % 16 == 0 && kNumExperts % kExperts == 0, "experts are m16 or pairs of n8");
+  static_assert(kExperts % 16 == 0 && kNumExperts % kExperts == 0, "experts are m16 or two n8");
   static_assert(kTokens == 8 || kTokens == 16, "tokens are the mma's n8 or m16");
   static_assert(kHiddenSize % 64 == 0, "K must be a multiple of 64");
 
@@ -210,7 +211,7 @@ struct Shape {
   static constexpr int kLoads = kChunk / (4 * kEach);  // a lane's of a row of the chunk
   static constexpr int kSteps = kChunk / 16;           // of k16
   static constexpr int kTerms = kWide ? 3 : 1;         // bf16 of a weight
-  static constexpr int kRun = kTokens == 8 ? (kLoads < 4 ? kLoads : 4) : 2;  // loads one after another
+  static constexpr int kRun = kTokens == 16 ? 2 : kLoads < 4 ? kLoads : 4;  // one after another
   static constexpr int kExpertTiles = kExperts / 8, kTokenTiles = kTokens / 8;  // of 8 rows
   static constexpr int kQuads = kExperts / 4;  // threads that sum up a token, four experts each
 
@@ -229,9 +230,9 @@ struct Shape {
 // ---- Kernel ----------------------------------------------------------------------------------
 
 // What a lane holds of its warp's chunk of K: of each tile of 8 rows the row lane / 4, and of the
-// elements of four lanes' loads the kEach from lane % 4 * kEach. To an mma, these are the places 2t,
-// 2t + 1 and 2t + 8, 2t + 9 of a k16 step, twice where they are bf16. Both operands permute K alike,
-// so the sum is the same.
+// elements of four lanes' loads the kEach from lane % 4 * kEach. To an mma, these are the places
+// 2t, 2t + 1 and 2t + 8, 2t + 9 of a k16 step, twice where they are bf16. Both operands permute K
+// alike, so the sum is the same.
 template <typename S>
 using Weights = uint4[S::kExpertTiles][S::kLoads];
 template <typename S>
@@ -341,7 +342,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   const unsigned rank = blockIdx.x % kRanks;
   const unsigned first_expert = blockIdx.x / kRanks * S::kExperts;
   const unsigned chunk_at = rank * S::kSlice + warp * S::kChunk;
-  const bool has_chunk = !S::kUneven || chunk_at < S::kHiddenSize;  // else it reads the first, in vain
+  const bool has_chunk = !S::kUneven || chunk_at < S::kHiddenSize;  // else it reads the first one
   const unsigned column = (has_chunk ? chunk_at : 0) + lane % 4 * S::kEach;
   const typename S::Weight* weight_at = weight + ((first_expert + row) * S::kHiddenSize + column);
 
