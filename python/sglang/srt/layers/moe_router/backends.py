@@ -28,14 +28,13 @@ from sglang.srt.layers.moe_router.kernel import (
     Run,
     Target,
     empty_logits,
+    fits,
+    is_aligned,
     relative_error,
 )
 from sglang.srt.layers.moe_router.packages import first_line
 
 logger = logging.getLogger(__name__)
-
-# The widest vector load of any kernel here.
-ALIGNMENT_BYTES = 16
 
 # The largest relative error against fp64 at which a kernel that was just loaded is
 # believed. fp32 accumulation over K = 7168 gives about 1e-7 (H100, 2026-11-27).
@@ -99,26 +98,6 @@ class Rule(NamedTuple):
         # FlashInfer < 0.7 does not check row strides.
         dense = self.any_layout or (hidden_states.is_contiguous() and weight.is_contiguous())
         return dense and (self.any_layout or not addresses or is_aligned(hidden_states, weight))
-
-
-def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the two are `[M, K]` and `[N, K]`, of fitting dtypes and on one device."""
-    return (
-        hidden_states.dim() == 2
-        and hidden_states.shape[1] == weight.shape[1]
-        and fit_together(hidden_states.dtype, weight.dtype)
-        and hidden_states.device == weight.device
-    )
-
-
-def fit_together(hidden_states: torch.dtype, weight: torch.dtype) -> bool:
-    """Whether they are of one dtype, or the weight of a bf16 model's gate is kept in fp32."""
-    return hidden_states == weight or (hidden_states == torch.bfloat16 and weight == torch.float32)
-
-
-def is_aligned(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether both start at a multiple of `ALIGNMENT_BYTES`."""
-    return (hidden_states.data_ptr() | weight.data_ptr()) % ALIGNMENT_BYTES == 0
 
 
 def either(values: Sequence[object]) -> str:

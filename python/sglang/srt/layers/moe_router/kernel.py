@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+# The widest vector load of any kernel here.
+ALIGNMENT_BYTES = 16
+
 
 class Target(NamedTuple):
     """What a kernel is loaded for: a device, its SM, and the weight's N, K and dtype."""
@@ -40,6 +43,26 @@ def device_sm(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the two are `[M, K]` and `[N, K]`, of fitting dtypes and on one device."""
+    return (
+        hidden_states.dim() == 2
+        and hidden_states.shape[1] == weight.shape[1]
+        and fit_together(hidden_states.dtype, weight.dtype)
+        and hidden_states.device == weight.device
+    )
+
+
+def fit_together(hidden_states: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether they are of one dtype, or the weight of a bf16 model's gate is kept in fp32."""
+    return hidden_states == weight or (hidden_states == torch.bfloat16 and weight == torch.float32)
+
+
+def is_aligned(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether both start at a multiple of `ALIGNMENT_BYTES`."""
+    return (hidden_states.data_ptr() | weight.data_ptr()) % ALIGNMENT_BYTES == 0
 
 
 def empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

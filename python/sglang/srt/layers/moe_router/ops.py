@@ -11,15 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from sglang.srt.layers.moe_router.backends import (
-    BACKENDS,
-    Backend,
-    find_kernel,
-    fit_together,
-    matmul_fp32,
-)
+from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, find_kernel, matmul_fp32
 from sglang.srt.layers.moe_router.environ import pdl_enabled
-from sglang.srt.layers.moe_router.kernel import empty_logits
+from sglang.srt.layers.moe_router.kernel import empty_logits, fit_together
 from sglang.srt.utils.custom_op import register_custom_op
 
 

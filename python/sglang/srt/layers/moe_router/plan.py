@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from sglang.srt.layers.moe_router import backends
 from sglang.srt.layers.moe_router.backends import (
-    ALIGNMENT_BYTES,
     BACKENDS,
     LOAD_LIMIT_S,
     Backend,
@@ -27,7 +25,14 @@ from sglang.srt.layers.moe_router.backends import (
 )
 from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
 from sglang.srt.layers.moe_router.isolation import run_isolated
-from sglang.srt.layers.moe_router.kernel import Run, Target, device_sm, empty_logits
+from sglang.srt.layers.moe_router.kernel import (
+    ALIGNMENT_BYTES,
+    Run,
+    Target,
+    device_sm,
+    empty_logits,
+    fits,
+)
 from sglang.srt.layers.moe_router.models import MODELS, find_model
 from sglang.srt.layers.moe_router.ops import router_gemm
 from sglang.srt.layers.moe_router.packages import first_line
@@ -233,7 +238,7 @@ class Plan:
         needed = torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype
         if hidden_states.dtype != needed:
             return "dtype", f"hidden_states is {hidden_states.dtype}, must be {needed}"
-        if not backends.fits(hidden_states, weight):
+        if not fits(hidden_states, weight):
             shapes = f"{list(hidden_states.shape)} and {list(weight.shape)}"
             return "shape", f"hidden_states and weight are {shapes}, must be [M, K] and [N, K]"
         if not (hidden_states.is_contiguous() and weight.is_contiguous()):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang.srt.layers.moe_router import cluster_route, cluster_router_gemm
-from sglang.srt.layers.moe_router.backends import LOAD_LIMIT_S, is_aligned
+from sglang.srt.layers.moe_router.backends import LOAD_LIMIT_S
 from sglang.srt.layers.moe_router.cluster_route import (
     BLOCK_SIZES,
     MAX_NUM_TOKENS,
@@ -29,7 +29,7 @@ from sglang.srt.layers.moe_router.cluster_route import (
 )
 from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
 from sglang.srt.layers.moe_router.isolation import run_isolated
-from sglang.srt.layers.moe_router.kernel import device_sm
+from sglang.srt.layers.moe_router.kernel import device_sm, is_aligned
 from sglang.srt.layers.moe_router.models import Route, find_route
 from sglang.srt.layers.moe_router.packages import first_line
 from sglang.srt.layers.moe_router.plan import deterministic_inference, is_plain_eager
