@@ -19,7 +19,7 @@ from tabulate import tabulate
 from sglang.srt.layers.moe_router.backends import BACKENDS
 from sglang.srt.layers.moe_router.environ import AUTO, OFF
 from sglang.srt.layers.moe_router.kernel import Target, device_sm
-from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, find_model
 from sglang.srt.layers.moe_router.packages import installed_versions
 from sglang.srt.layers.moe_router.plan import decide
 from sglang_router_gemm.model_config import ConfigError, GateConfig, read_gate
@@ -170,6 +170,9 @@ def as_text(findings: Mapping[str, Any]) -> str:
         *(f"{name} is not there: {reason}" for name, reason in findings["skipped"].items()),
         f"Use SGLANG_ROUTER_GEMM_BACKEND={findings['setting']}",
     ]
+    fp32 = find_model(findings["num_experts"], findings["hidden_size"], torch.float32)
+    if fp32 is not None:
+        lines.append(f"With bf16 weights. {fp32.name} keeps fp32 ones, which are not timed here.")
     known = BACKENDS["cluster"].measured_sms or ()
     if findings["sm"] not in known:
         lines.append(

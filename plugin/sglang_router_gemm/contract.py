@@ -47,7 +47,6 @@ class _BrokenError(Exception):
     pass
 
 
-@functools.cache  # each gate's module asks it of the same sources
 def examine(package: Path) -> Contract:
     """Reads the contract off SGLang's sources.
 

@@ -60,10 +60,12 @@ def _package(module: ModuleType) -> Path:
 
 # ---- The gate ----------------------------------------------------------------------------------
 
+_contract = functools.cache(examine)  # each gate's module asks it of the same sources
+
 
 def patch_gate(model: ModuleType) -> None:
     """Hooks the model's gate, where it is as the patch needs it."""
-    contract = examine(_package(model))
+    contract = _contract(_package(model))
     if contract.problem is not None:
         logger.warning(
             "Router GEMM: this SGLang does not fit, its own gate serves instead: %s.",
@@ -78,7 +80,7 @@ def patch_gate(model: ModuleType) -> None:
 
 def patch_plain_gate(name: str, model: ModuleType) -> None:
     """The same for a gate of `models.GATES`."""
-    if examine(_package(model)).problem is not None:
+    if _contract(_package(model)).problem is not None:
         return  # `patch_gate` says so
     taken = ", ".join(inspect.signature(getattr(model, name).forward).parameters)
     if taken != "self, hidden_states":

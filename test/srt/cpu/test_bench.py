@@ -65,6 +65,9 @@ def test_the_table_fits_a_terminal_and_counts_the_layers() -> None:
     assert lines[-2] == "Use SGLANG_ROUTER_GEMM_BACKEND=cluster"
     assert "SM 103: please send what --json prints" in lines[-1]
     assert "please send" not in bench.as_text(findings | {"sm": 90})
+    assert "fp32" not in "".join(lines)
+    glm = bench.as_text(findings | {"num_experts": 160, "hidden_size": 5120})
+    assert "With bf16 weights. GLM-4.5 keeps fp32 ones, which are not timed here." in glm
 
 
 def test_the_layers_are_those_with_experts(tmp_path: Path) -> None:
