@@ -80,6 +80,8 @@ def patch_gate(model: ModuleType) -> None:
 
 def patch_plain_gate(name: str, model: ModuleType) -> None:
     """The same for a gate of `models.GATES`."""
+    if not hasattr(model, name):
+        return  # an older release
     if _contract(_package(model)).problem is not None:
         return  # `patch_gate` says so
     taken = ", ".join(inspect.signature(getattr(model, name).forward).parameters)

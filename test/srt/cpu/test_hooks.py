@@ -227,6 +227,7 @@ from sglang_router_gemm import hooks
 import logging
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 hooks.patch_plain_gate("Glm4MoeGate", glm)
+hooks.patch_plain_gate("NotThere", glm)
 print(hasattr(glm.Glm4MoeGate, "router_plan"))
 """
 
