@@ -168,12 +168,11 @@ def routing(run: Results) -> str:
         (str(m), *(f"{us[name, m]:.2f}" if (name, m) in us else "" for name in names))
         for m in run["num_tokens"]
     ]
-    versions = ", ".join(f"{name} {run['versions'][name]}" for name in NAMED)
     model = run.get("model", DEEPSEEK_V3.name)
     return "\n\n".join(
         [
-            f"µs of the GEMM, and what each adds behind it ({model} on {run['gpu']}, "
-            f"{run['date'][:10]}; {versions}; `{run['command']}`):",
+            f"{model} on {_run_where(run)}, `{run['command']}`: µs of the GEMM, and what each adds "
+            "behind it:",
             _github(rows, ("M", *names)),
         ]
     )
@@ -195,11 +194,10 @@ def fp32_weights(run: Results) -> str:
                 f"{error[names[0]]:.0e}, {error[names[1]]:.0e}",
             )
         )
-    versions = ", ".join(f"{name} {run['versions'][name]}" for name in NAMED)
     return "\n\n".join(
         [
-            f"µs of one call (`chain`) on {run['gpu']} ({run['date']}; {versions}; median of "
-            f"{run['rounds']} rounds); error of the first two against fp64:",
+            f"µs of one call (`chain`) on {_run_where(run)}, median of {run['rounds']} rounds; "
+            "error of the first two against fp64:",
             _github(rows, ("N x K", "M", *names, "error")),
         ]
     )
@@ -325,9 +323,11 @@ def _requests(serving: Results) -> list[Any]:
 
 
 def _benchmark(run: Results) -> str:
-    shape = f"[{run['num_experts']}, {run['hidden_size']}]"
-    environment = {"GPU": run["gpu"], "date": run["date"][:10]}
-    return f"{_where(environment, run['versions'])}, weight {shape}"
+    return f"{_run_where(run)}, weight [{run['num_experts']}, {run['hidden_size']}]"
+
+
+def _run_where(run: Results) -> str:
+    return _where({"GPU": run["gpu"], "date": run["date"][:10]}, run["versions"])
 
 
 def _where(environment: Results, versions: Results) -> str:

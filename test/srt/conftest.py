@@ -140,6 +140,21 @@ def _environment(added: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in VARIABLES} | added
 
 
+def assert_refused(
+    main: Callable[[list[str]], object],
+    argv: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A bad argument is one line that names it, and exit 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert named in error
+
+
 def write_nvcc(home: Path, script: str) -> None:
     """Makes `home` a CUDA_HOME whose nvcc is a shell script; `$NVCC` in it is the real one.
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from conftest import assert_refused
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "benchmark" / "kernels" / "deepseek"
@@ -73,12 +74,7 @@ def provider(name: str, gemm: Gemm = exact, **fields: Any) -> Provider:
 def test_a_bad_argument_is_one_line_and_exit_2(
     argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.main(argv)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.count("\n") == 1
-    assert named in error
+    assert_refused(benchmark.main, argv, named, capsys)
 
 
 def test_the_help_fits_a_terminal(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_refused
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmark" / "kernels" / "deepseek"
 sys.path.insert(0, str(FOLDER))  # as where the script is run as a file
@@ -119,19 +120,12 @@ def test_a_json_that_is_none_of_ours(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "it.json").write_text(text)
-    _is_refused(["--from-json", str(tmp_path / "it.json")], "argument --from-json", capsys)
+    assert_refused(
+        benchmark.main, ["--from-json", str(tmp_path / "it.json")], "argument --from-json", capsys
+    )
 
 
 # Arguments
-
-
-def _is_refused(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.main(argv)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.count("\n") == 1
-    assert named in error
 
 
 @pytest.mark.parametrize(
@@ -149,7 +143,7 @@ def _is_refused(argv: list[str], named: str, capsys: pytest.CaptureFixture[str])
 def test_a_bad_argument_is_one_line_and_exit_2(
     argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _is_refused(argv, named, capsys)
+    assert_refused(benchmark.main, argv, named, capsys)
 
 
 def _script(*argv: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

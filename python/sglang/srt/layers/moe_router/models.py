@@ -47,6 +47,8 @@ class Model(NamedTuple):
 # SGLang PRs 17707 (SM 100) and 23285 (SM 103); not measured by this project.
 _BLACKWELL = Auto("flashinfer", range(1, 17))
 
+_UNGROUPED = Route(1, 1, 8, auto=(90,))
+
 # SM 90: docs/kernel.md. With fewer bytes of weights SGLang's own is faster at the smallest M.
 MODELS: tuple[Model, ...] = (
     Model(
@@ -56,21 +58,9 @@ MODELS: tuple[Model, ...] = (
         {90: Auto("cluster", range(1, 129)), 100: _BLACKWELL, 103: _BLACKWELL},
         Route(8, 4, 8, auto=(90,)),
     ),
-    Model(
-        "Kimi-K2",
-        384,
-        7168,
-        {90: Auto("cluster", range(1, 17))},
-        Route(1, 1, 8, auto=(90,)),
-    ),
+    Model("Kimi-K2", 384, 7168, {90: Auto("cluster", range(1, 17))}, _UNGROUPED),
     Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),
-    Model(
-        "GLM-5",
-        256,
-        6144,
-        {90: Auto("cluster", range(1, 17))},
-        Route(1, 1, 8, auto=(90,)),
-    ),
+    Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}, _UNGROUPED),
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
     Model("GLM-4.5", 160, 5120, {}, dtype=torch.float32),
     Model("GLM-4.5-Air", 128, 4096, {}, dtype=torch.float32),
