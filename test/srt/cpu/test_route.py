@@ -400,6 +400,23 @@ def test_it_is_said_once(setting: str, sm: str, level: str, why: str, fork_pytho
     assert line.startswith(f"{level} {WHAT}: SGLang's own serves: {why}")
 
 
+OTHER_BITS = """
+from dataclasses import replace
+route._loaded = lambda plan, *others: replace(plan, reason=route._OTHER_BITS)
+plugins.load_plugins()
+"""
+
+
+@pytest.mark.parametrize(("setting", "level"), [("auto", "INFO"), ("cluster", "WARNING")])
+def test_a_release_with_other_bits_is_a_warning_where_ours_was_asked_for(
+    setting: str, level: str, fork_python: Run
+) -> None:
+    code = HOOKS + ANNOUNCE.replace("plugins.load_plugins()\n", OTHER_BITS)
+    said = fork_python(code, SGLANG_ROUTER_GEMM_BACKEND=setting, SM="90")
+    (line,) = [line for line in said.splitlines() if "Routing, " in line]
+    assert line.startswith(f"{level} {WHAT}: SGLang's own serves: SGLang's own gives other ids")
+
+
 def test_what_is_served_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     route._announce(replace(_served()[0], device=torch.device("cuda", 0)), wanted=True)
