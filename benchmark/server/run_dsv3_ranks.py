@@ -10,7 +10,8 @@ many layers as fit or `--num-layers` says; 61 layers on eight H200 are DeepSeek-
    rank says that it takes.
 2. Starts again, with that cache: nvcc must not run for it.
 3. Serves the same prompts with the backend, with `off`, and with that `off` again: same tokens.
-4. Dumps the gates' logits with CUDA graphs off: those of all ranks must have the same bits.
+4. Dumps what gates and top-k give with CUDA graphs off: on all ranks it must have the same bits.
+   `--bits-only` does this alone.
 
 Writes `dsv3_ranks.json` and `dsv3_ranks.md`; exits with 1 where one of these does not hold.
 """
@@ -35,6 +36,7 @@ from dsv3_server import (
     argument_parser,
     environment,
     full_width_config,
+    graph_options,
     parse_arguments,
     prompts,
     running,
@@ -105,40 +107,53 @@ def policy_lines(server: Server) -> list[str]:
     return [line for line in said if "backend" in line]
 
 
-def dumped_gates(folder: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """By rank, the gates' logits of each forward pass."""
+DUMPED = {"gate": "logits", "topk": "weights and ids"}  # of an MoE layer's parts
+
+Dumped = dict[str, tuple[torch.Tensor, ...]]
+
+
+def dumped(folder: Path) -> dict[str, list[Dumped]]:
+    """By rank, what each part of `DUMPED` gave in each forward pass."""
     ranks = {}
     for rank in sorted(path for path in folder.iterdir() if path.is_dir()):
         ranks[rank.name.split("_")[0]] = [
             {
-                name: value
-                for name, value in torch.load(path, weights_only=True).items()
-                if name.endswith(".mlp.gate")
+                name: (given,) if isinstance(given, torch.Tensor) else tuple(given[:2])
+                for name, given in torch.load(path, weights_only=True).items()
+                if name.endswith(tuple(f".mlp.{part}" for part in DUMPED))
             }
             for path in sorted(rank.glob("Pass*.pt"))
         ]
     return ranks
 
 
-def same_bits(ranks: Mapping[str, list[dict[str, torch.Tensor]]]) -> tuple[int, int]:
-    """Gate calls whose logits are the same on every rank, of all."""
+def same_bits(ranks: Mapping[str, list[Dumped]]) -> dict[str, tuple[int, int]]:
+    """By part, calls that gave the same on every rank, of all."""
     first, *others = ranks.values()
-    same = count = 0
-    for index, gates in enumerate(first):
-        for name, logits in gates.items():
-            count += 1
-            # As bytes: a NaN is the same as itself.
-            same += all(
-                torch.equal(*(each.contiguous().view(torch.uint8) for each in (logits, theirs)))
-                for theirs in (other[index][name] for other in others)
-            )
-    return same, count
+    found = {}
+    for part in DUMPED:
+        calls = [
+            (given, [other[index][name] for other in others])
+            for index, by_name in enumerate(first)
+            for name, given in by_name.items()
+            if name.endswith(part)
+        ]
+        # As bytes: a NaN is the same as itself.
+        same = sum(
+            torch.equal(*(each.contiguous().view(torch.uint8) for each in pair))
+            for given, theirs in calls
+            for other in theirs
+            for pair in zip(given, other, strict=True)
+        )
+        found[part] = same, sum(len(given) * len(theirs) for given, theirs in calls)
+    return found
 
 
 def main() -> int:
     parser = argument_parser(__doc__, backend="cluster", num_layers=None)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8")
+    parser.add_argument("--bits-only", action="store_true", help="step 4 alone")
     arguments = parse_arguments(parser)
     if torch.cuda.device_count() < arguments.tp:
         parser.error(f"--tp {arguments.tp}: there are {torch.cuda.device_count()} CUDA devices")
@@ -149,7 +164,7 @@ def main() -> int:
     batch = prompts(PROMPTS, seed=0)
     extra = ["--tp", str(arguments.tp), "--mem-fraction-static", str(STATIC_SHARE)]
     extra += arguments.server_options
-    graphs = [*extra, "--cuda-graph-bs", "1", "8", "16", "32"]
+    graphs = [*extra, *graph_options((1, 8, 16, PROMPTS))]
     starts: list[tuple[Any, ...]] = []
     tokens: list[list[list[int]]] = []
     said: list[str] = []
@@ -172,6 +187,8 @@ def main() -> int:
             return running(model, log, arguments.port, backend, options, variables)
 
         runs = [("cold", arguments.backend), ("warm", arguments.backend), ("off", "off")]
+        if arguments.bits_only:
+            runs = []
         command = ""
         for name, backend in runs:
             before = builds(calls)
@@ -188,31 +205,33 @@ def main() -> int:
             up.wait()
             for length in DUMPED_PROMPTS:
                 up.generate(prompts(1, seed=length, lengths=range(length, length + 1)), 4)
-        ranks = dumped_gates(dump)
+            said += policy_lines(up)
+            command = command or up.shown_command.replace(str(dump), "DUMP")
+        ranks = dumped(dump)
         bits = same_bits(ranks)
         shutil.rmtree(dump)
-    _, ours, off, again = tokens
-    alike = {
-        f"{arguments.backend} and off": sum(map(list.__eq__, ours, off)),
-        "off and off": sum(map(list.__eq__, off, again)),
-    }
+    alike = {}
+    if runs:
+        _, ours, off, again = tokens
+        alike[f"{arguments.backend} and off"] = sum(map(list.__eq__, ours, off))
+        alike["off and off"] = sum(map(list.__eq__, off, again))
     where = environment()
+    headers = ("start", "backend", "up after, s", "our kernel compiled")
     text = "\n\n".join(
         [
             "# SGLang's server on several GPUs, DeepSeek-V3's widths",
             "\n".join(f"- {name}: {value}" for name, value in where.items()),
             f"{num_layers} layers, {arguments.dtype}, `--load-format dummy`.",
             f"```\n{command}\n```",
-            tabulate(
-                starts,
-                ["start", "backend", "up after, s", "our kernel compiled"],
-                tablefmt="github",
-                disable_numparse=True,
-            ),
+            *([tabulate(starts, headers, "github", disable_numparse=True)] if runs else []),
             "```\n" + "\n".join(said) + "\n```",
-            "The same tokens, of "
-            f"{PROMPTS} requests: " + "; ".join(f"{name} {n}" for name, n in alike.items()) + ".",
-            f"Gate logits with the same bits on all of {', '.join(ranks)}: {bits[0]} of {bits[1]}.",
+            *(f"The same tokens, of {PROMPTS} requests: {name} {n}." for name, n in alike.items()),
+            f"The same bits on all of {', '.join(ranks)}: "
+            + "; ".join(
+                f"{same} of {count} tensors of {DUMPED[part]}"
+                for part, (same, count) in bits.items()
+            )
+            + ".",
         ]
     )
     (arguments.output_dir / "dsv3_ranks.md").write_text(text + "\n")
@@ -228,7 +247,8 @@ def main() -> int:
     print(text)
     compiled = [start[-1] for start in starts[:2]]
     one_path = len({line for line in said if f"backend {arguments.backend}" in line}) == 1
-    holds = compiled == [1, 0] and one_path and bits[1] > 0 and bits[0] == bits[1]
+    all_same = all(0 < count == same for same, count in bits.values())
+    holds = (not runs or compiled == [1, 0]) and one_path and all_same
     return int(not holds)
 
 

@@ -130,9 +130,12 @@ def test_one_bit_on_one_rank_is_seen(
         for number in (0, 1):
             logits = torch.ones(4, 256)
             logits[3, 77] = second if rank and number else first
-            gates = {"model.layers.3.mlp.gate": logits, "model.layers.3.mlp": torch.randn(4)}
-            torch.save(gates, folder / f"Pass{number:05d}.pt")
-    assert ranks.same_bits(ranks.dumped_gates(tmp_path)) == (same, 2)
+            mlp = "model.layers.3.mlp"
+            chosen = [logits[:, 70:78].contiguous(), torch.ones(4, 8, dtype=torch.int32)]
+            given = {f"{mlp}.gate": logits, f"{mlp}.topk": chosen, mlp: torch.randn(4)}
+            torch.save(given, folder / f"Pass{number:05d}.pt")
+    bits = ranks.same_bits(ranks.dumped(tmp_path))
+    assert bits == {"gate": (same, 2), "topk": (same + 2, 4)}
 
 
 def test_the_ranks_run_deepseek_v3s_widths() -> None:
