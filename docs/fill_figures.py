@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ try:
         SGLANG_ROUTER_GEMM_BACKEND,
         SGLANG_ROUTER_GEMM_PDL,
     )
+    from sglang.srt.layers.moe_router.kernel import Target
     from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Auto, Model
 except ModuleNotFoundError as error:
     sys.exit(how_to_call(error))
@@ -137,10 +138,9 @@ def auto_table(models: Iterable[Model]) -> str:
             alike.setdefault(auto, []).append(str(sm))
         for auto, sms in alike.items():
             taken = f"{auto.num_tokens[0]}-{auto.num_tokens[-1]}"
-            fp32 = " fp32" if model.dtype == torch.float32 else ""
-            shape = f"{model.num_experts} x {model.hidden_size}{fp32}"
-            rows.append((model.name, shape, ", ".join(sms), taken, f"`{auto.backend}`"))
-    return _github(rows, ("model", "N x K", "SM", "M", "`auto` takes"))
+            gate = str(Target(torch.device("cuda"), None, *model.gate))
+            rows.append((model.name, gate, ", ".join(sms), taken, f"`{auto.backend}`"))
+    return _github(rows, ("model", "gate", "SM", "M", "`auto` takes"))
 
 
 def settings_table() -> str:
@@ -178,13 +178,63 @@ def routing(run: Results) -> str:
     )
 
 
-def fp32_weights(run: Results) -> str:
-    """µs of a call with fp32 weights, by shape and M, and the error against fp64."""
+# Whoever computes what `F.linear` computes, by its dtypes.
+_LINEAR = ("SGLang fp32 F.linear", "F.linear")
+
+
+def gates(runs: Sequence[Results]) -> str:
+    """µs of a call of each gate with other dtypes than DeepSeek-V3's, and its peers'."""
+    rows = []
+    for run in runs:
+        dtypes = getattr(torch, run["weight"]), getattr(torch, run["logits"])
+        shape = run["num_experts"], run["hidden_size"]
+        gate = str(Target(torch.device("cuda"), None, *shape, *dtypes, run["bias"]))
+        for m in run["num_tokens"]:
+            us = {
+                each["provider"]: each["median_us"]
+                for each in run["timings"]
+                if each["num_tokens"] == m and each["mode"] == "chain"
+            }
+            linear = next(name for name in _LINEAR if name in us)
+            tf32, others = us.get("SGLang TF32 F.linear"), set(us) - {linear, "SGLang MoEGate"}
+            others -= {"SGLang TF32 F.linear", *(name for name in us if name.startswith("ours"))}
+            best = min(others, key=us.__getitem__, default=None)
+            rows.append(
+                (
+                    gate,
+                    str(m),
+                    f"{us[linear]:.2f}",
+                    f"{tf32:.2f}" if tf32 is not None else "",
+                    f"{us[best]:.2f} {best}" if best is not None else "",
+                    f"{us['ours: cluster']:.2f}",
+                )
+            )
+    if not rows:
+        return NO_RESULTS
+    headers = ("gate", "M", "F.linear", "in TF32", "best of the others", "cluster")
+    return "\n\n".join(
+        [
+            f"µs of one call (`chain`) on {_run_where(runs[0])}, median of {runs[0]['rounds']} "
+            "rounds:",
+            _github(rows, headers),
+        ]
+    )
+
+
+def fp32_weights(run: Results, shown: Collection[tuple[int, int]] = ()) -> str:
+    """µs of a call with fp32 weights, by shape and M, and the error against fp64.
+
+    Args:
+        run: of a prototype.
+        shown: shapes that the benchmark has measured since.
+    """
     names = ("ours: cluster", "F.linear", "F.linear, TF32")
     errors = {(each["num_experts"], each["hidden_size"]): each for each in run["relative_error"]}
     rows = []
     for each in run["us"]:
         shape = each["num_experts"], each["hidden_size"]
+        if shape in shown:
+            continue
         error = errors[shape]
         rows.append(
             (
@@ -255,6 +305,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cluster = arguments.benchmarks / "cluster"
     benchmarks = [run for run in _load(cluster) if run.get("timings")]
     headline_run = cluster / HEADLINE_RUN
+    other_gates = _load(arguments.benchmarks / "gates")
+    prototypes = _load(arguments.benchmarks / "fp32")
+    measured = {
+        (run["num_experts"], run["hidden_size"])
+        for run in other_gates
+        if run["weight"] == "float32"
+    }
     plotted = speed_with_plots(benchmarks)
     blocks = {
         "accuracy": accuracy(servers, benchmarks),
@@ -262,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "backends": backends_table(BACKENDS.values()),
         "benchmark": plotted,
         "cluster": plotted,
-        "fp32": "\n\n".join(map(fp32_weights, _load(arguments.benchmarks / "fp32"))) or NO_RESULTS,
+        "fp32": "\n\n".join(fp32_weights(run, measured) for run in prototypes) or NO_RESULTS,
+        "gates": gates(other_gates),
         "headline": headline(_read(headline_run)),
         "not_measured": not_measured(servers, benchmarks),
         "route": "\n\n".join(map(routing, _load(arguments.benchmarks / "route"))) or NO_RESULTS,

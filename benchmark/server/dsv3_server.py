@@ -1,4 +1,4 @@
-"""SGLang's real server on a DeepSeek-V3-shaped model, for the run_dsv3_*.py beside this."""
+"""SGLang's real server on models of a given shape, for the run_dsv3_*.py beside this."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import _setup  # noqa: F401
 import requests
@@ -31,7 +31,11 @@ from router_gemm_benchmark.timing import DEEPSEEK_V3_DENSE_LAYERS, DEEPSEEK_V3_L
 from sglang.srt.layers.moe_router.backends import BACKENDS
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
 
+SPREAD = Path(__file__).with_name("serve_spread.py")
+"""What starts a server whose tokens go to all experts."""
+
 VOCAB_SIZE = 8192
+TP_SIZE = 8
 STARTUP_TIMEOUT_S = 420
 REQUEST_TIMEOUT_S = 120
 
@@ -80,12 +84,26 @@ def graph_options(batch_sizes: Sequence[int]) -> list[str]:
     return [captured, *sizes, "--max-running-requests", sizes[-1]]
 
 
+# What every config.json here has.
+COMMON: Mapping[str, Any] = MappingProxyType(
+    {
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+)
+
+
 def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
     """config.json of a model that routes as DeepSeek-V3 does and is small elsewhere."""
     return {
+        **COMMON,
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "torch_dtype": "bfloat16",
         "vocab_size": VOCAB_SIZE,
         "hidden_size": DEEPSEEK_V3.hidden_size,
         "n_routed_experts": DEEPSEEK_V3.num_experts,
@@ -110,13 +128,7 @@ def deepseek_v3_config(num_layers: int) -> dict[str, Any]:
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
     }
 
 
@@ -132,19 +144,6 @@ def full_width_config(num_layers: int, dtype: str) -> dict[str, Any]:
     return deepseek_v3_config(num_layers) | widths | quantization(dtype)
 
 
-def tp8_rank_config() -> dict[str, Any]:
-    """What one of eight ranks holds of DeepSeek-V3: all its layers, an eighth of each."""
-    eighths = {
-        "first_k_dense_replace": DEEPSEEK_V3_DENSE_LAYERS,
-        "intermediate_size": 18432 // 8,
-        "moe_intermediate_size": 2048 // 8,
-        "num_attention_heads": 128 // 8,
-        "num_key_value_heads": 128 // 8,
-        "vocab_size": 129280 // 8,
-    }
-    return deepseek_v3_config(DEEPSEEK_V3_LAYERS) | eighths | quantization("fp8")
-
-
 def quantization(dtype: str) -> dict[str, Any]:
     """What DeepSeek-V3's config.json says of its FP8 weights; nothing for bf16."""
     if dtype == "bf16":
@@ -157,6 +156,138 @@ def quantization(dtype: str) -> dict[str, Any]:
             "weight_block_size": [128, 128],
         }
     }
+
+
+class Rank(NamedTuple):
+    """One of eight ranks of a model at TP 8: all its layers and experts, an eighth of each."""
+
+    stem: str
+    """What the names of its files start with."""
+    config: dict[str, Any]
+    """Its config.json."""
+    remark: str = ""
+    """What is no eighth."""
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers - int(self.config.get("first_k_dense_replace", 0))
+
+
+# 1536 / 8 is 192, and with FP8 blocks SGLang refuses experts of no multiple of 128: MiniMax-M2's
+# and Qwen3-235B-A22B's own FP8 files as well, at TP 8 without expert parallelism.
+EXPERT_WIDTH = 256
+WIDER_EXPERTS = f"Experts {EXPERT_WIDTH} wide instead of 192: FP8 blocks are 128 wide."
+
+# The parameters of SGLang 0.5.23's own modules are 85.1, 58.7, 38.3 and 39.2 GB.
+TP8_RANKS: Mapping[str, Rank] = MappingProxyType(
+    {
+        DEEPSEEK_V3.name: Rank(
+            "dsv3",
+            deepseek_v3_config(DEEPSEEK_V3_LAYERS)
+            | {
+                "first_k_dense_replace": DEEPSEEK_V3_DENSE_LAYERS,
+                "intermediate_size": 18432 // TP_SIZE,
+                "moe_intermediate_size": 2048 // TP_SIZE,
+                "num_attention_heads": 128 // TP_SIZE,
+                "num_key_value_heads": 128 // TP_SIZE,
+                "vocab_size": 129280 // TP_SIZE,
+            }
+            | quantization("fp8"),
+        ),
+        # zai-org/GLM-4.5, as Megatron-Bridge's docs/models/llm/glm45.md has it; what that leaves
+        # out is of transformers' Glm4MoeConfig.
+        "GLM-4.5": Rank(
+            "glm45",
+            {
+                **COMMON,
+                "architectures": ["Glm4MoeForCausalLM"],
+                "model_type": "glm4_moe",
+                "vocab_size": 151552 // TP_SIZE,
+                "hidden_size": 5120,
+                "n_routed_experts": 160,
+                "n_group": 1,
+                "topk_group": 1,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 2.5,
+                "n_shared_experts": 1,
+                "first_k_dense_replace": 3,
+                "num_hidden_layers": 92,
+                "num_nextn_predict_layers": 0,
+                "intermediate_size": 12288 // TP_SIZE,
+                "moe_intermediate_size": EXPERT_WIDTH,
+                "num_attention_heads": 96 // TP_SIZE,
+                "num_key_value_heads": 8 // TP_SIZE,
+                "head_dim": 128,
+                "attention_bias": True,
+                "use_qk_norm": True,
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 1e6,
+                "rms_norm_eps": 1e-5,
+                **quantization("fp8"),
+            },
+            WIDER_EXPERTS,
+        ),
+        # MiniMaxAI/MiniMax-M2: the widths are the defaults of transformers' MiniMaxM2Config;
+        # SGLang's minimax_m2.py names the rest.
+        "MiniMax-M2": Rank(
+            "minimax_m2",
+            {
+                **COMMON,
+                "architectures": ["MiniMaxM2ForCausalLM"],
+                "model_type": "minimax_m2",
+                "vocab_size": 200064 // TP_SIZE,
+                "hidden_size": 3072,
+                "num_local_experts": 256,
+                "num_experts_per_tok": 8,
+                "scoring_func": "sigmoid",
+                "use_routing_bias": True,
+                "num_hidden_layers": 62,
+                "intermediate_size": EXPERT_WIDTH,
+                "num_attention_heads": 48 // TP_SIZE,
+                "num_key_value_heads": 8 // TP_SIZE,
+                "head_dim": 128,
+                "use_qk_norm": True,
+                "qk_norm_type": "per_layer",
+                "rotary_dim": 64,
+                "rope_theta": 5e6,
+                **quantization("fp8"),
+            },
+            WIDER_EXPERTS,
+        ),
+        # Qwen/Qwen3-235B-A22B, as slime's scripts/models/qwen3-235B-A22B.sh has it. At TP 8 two
+        # ranks hold the same one of its four KV heads.
+        "Qwen3-235B": Rank(
+            "qwen3_235b",
+            {
+                **COMMON,
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "model_type": "qwen3_moe",
+                "vocab_size": 151936 // TP_SIZE,
+                "hidden_size": 4096,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": True,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+                "num_hidden_layers": 94,
+                "intermediate_size": 12288 // TP_SIZE,
+                "moe_intermediate_size": EXPERT_WIDTH,
+                "num_attention_heads": 64 // TP_SIZE,
+                "num_key_value_heads": 1,
+                "head_dim": 128,
+                "attention_bias": False,
+                "rope_theta": 1e6,
+                **quantization("fp8"),
+            },
+            WIDER_EXPERTS,
+        ),
+    }
+)
 
 
 def request(prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
@@ -177,11 +308,12 @@ class Server:
         backend: str,
         extra: list[str],
         variables: Mapping[str, str] = MappingProxyType({}),
+        launcher: Sequence[str] = ("-m", "sglang.launch_server"),
     ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.backend = backend
-        command = [sys.executable, "-m", "sglang.launch_server"]
+        command = [sys.executable, *launcher]
         command += ["--model-path", str(model), "--port", str(port), "--load-format", "dummy"]
         if not (model / "tokenizer.json").exists():
             command.append("--skip-tokenizer-init")
@@ -202,7 +334,7 @@ class Server:
         """The command, without the paths of this machine."""
         command = ["python3", *self.command[1:]]
         command[command.index("--model-path") + 1] = "MODEL"
-        return " ".join(command)
+        return " ".join(command).replace(str(SPREAD), f"benchmark/server/{SPREAD.name}")
 
     def wait(self, timeout_s: float = STARTUP_TIMEOUT_S) -> float:
         """Seconds until it is healthy."""
@@ -248,8 +380,8 @@ class Server:
 
 
 @contextmanager
-def running(*args: Any) -> Iterator[Server]:
-    server = Server(*args)
+def running(*args: Any, **kwargs: Any) -> Iterator[Server]:
+    server = Server(*args, **kwargs)
     try:
         yield server
     finally:

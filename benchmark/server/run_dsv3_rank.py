@@ -1,19 +1,23 @@
-"""What a decode step of DeepSeek-V3 gains on one of eight ranks: SGLang's server, from its traces.
+"""What a decode step gains on one of a model's eight ranks: SGLang's server, from its traces.
 
     python3 benchmark/server/run_dsv3_rank.py --output-dir results
+    python3 benchmark/server/run_dsv3_rank.py --model GLM-4.5 --output-dir results
     python3 benchmark/server/run_dsv3_rank.py --from-json FILE --output-dir results
 
 Needs one Hopper GPU with 100 GB, SGLang and this package, no model files. The server has all
-61 layers of one rank at TP 8, FP8 dummy weights of DeepSeek-V3's block quantisation; what is
-missing is the all-reduce. It runs once with each backend, one after the other, and each batch
-size is profiled over some hundred decode steps. Kernels are timed by the GPU's own clock:
+layers of one rank at TP 8, by default DeepSeek-V3's, with FP8 dummy weights of DeepSeek-V3's
+block quantisation; what is missing is the all-reduce. It runs once with each backend, one after
+the other, and each batch size is profiled over some hundred decode steps. Kernels are timed by
+the GPU's own clock:
 
 - a step: from a layer's first expert GEMM to the same layer's in the next step;
 - the routing: from the end of the norm ahead of a gate to the start of the first expert GEMM.
 
-Writes `dsv3_rank_<GPU>_<SGLang's version>.json`, `.md` and, with matplotlib, `.png`; `--from-json`
-does that again from such a JSON, without a GPU. Exits with 1 where a backend other than `off` was
-not taken.
+The server is serve_spread.py's, whose tokens go to all experts, as a trained model's do.
+
+Writes `dsv3_rank_<GPU>_<SGLang's version>.json`, `.md` and, with matplotlib, `.png`, of another
+model with its name; `--from-json` does that again from such a JSON, without a GPU. Exits with 1
+where a backend other than `off` was not taken.
 """
 
 from __future__ import annotations
@@ -24,12 +28,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import _setup  # noqa: F401
 import requests
 from dsv3_server import (
+    SPREAD,
+    TP8_RANKS,
+    Rank,
     Server,
     argument_parser,
     environment,
@@ -38,11 +46,10 @@ from dsv3_server import (
     patch_taken,
     prompts,
     running,
-    tp8_rank_config,
 )
-from dsv3_trace import by_stream, read_trace, short_name
+from dsv3_trace import read_trace, short_name
 from router_gemm_benchmark.report import file_stem
-from router_gemm_benchmark.timing import LINKS, quartiles
+from router_gemm_benchmark.timing import quartiles
 from tabulate import tabulate
 
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
@@ -54,6 +61,11 @@ BATCH_SIZES = (1, 8, 16, 32, 64)
 STEPS = 200
 EXPERT_GEMM = "fused_moe_kernel"
 DRAWN_SIZE = "16"
+SPREAD_TEXT = "The gates' dummy weights are such that tokens go to all experts (serve_spread.py)."
+GATHERED_TEXT = (
+    "SGLang's own dummy weights: all tokens of a batch get nearly the same experts, so from batch "
+    "8 on expert GEMMs are shorter than with trained weights, and what is saved is a larger part."
+)
 COLORS = ("tab:purple", "tab:orange")  # of the backend and of `off`
 
 Results = dict[str, Any]
@@ -76,16 +88,23 @@ class Trace(NamedTuple):
     """Of the layer whose routing takes the median."""
 
 
-def read(path: Path) -> Trace:
-    """Reads a profile; empty where it has no expert GEMM."""
+def read(path: Path, num_moe_layers: int) -> Trace:
+    """Reads a profile; empty where it has no expert GEMM.
+
+    The norm is the last one of all streams: a gate may run beside a shared expert, with its
+    experts on another stream than the norm. The timeline has the experts' stream alone.
+    """
     starts: list[float] = []
     spans: list[tuple[float, list[Kernel]]] = []
-    for kernels in by_stream(read_trace(path)).values():
-        norm, since = None, 0
-        for index, kernel in enumerate(kernels):
-            if "norm" in kernel["name"].lower():
-                norm, since = kernel["ts"] + kernel["dur"], index + 1
-            elif EXPERT_GEMM in kernel["name"] and norm is not None:
+    norm: float | None = None
+    since: list[dict[str, Any]] = []
+    kernels = [event for event in read_trace(path) if event.get("cat") == "kernel"]
+    for kernel in sorted(kernels, key=itemgetter("ts")):
+        if "norm" in kernel["name"].lower():
+            norm, since = kernel["ts"] + kernel["dur"], []
+        elif norm is not None:
+            since.append(kernel)
+            if EXPERT_GEMM in kernel["name"]:
                 starts.append(kernel["ts"])
                 between = [
                     Kernel(
@@ -93,13 +112,15 @@ def read(path: Path) -> Trace:
                         each["ts"] - norm,
                         each["ts"] + each["dur"] - norm,
                     )
-                    for each in kernels[since : index + 1]
+                    for each in since
+                    if each["args"]["stream"] == kernel["args"]["stream"]
                 ]
                 spans.append((kernel["ts"] - norm, between))
                 norm = None  # the second GEMM of the layer is not counted
-    starts.sort()
-    steps = [later - earlier for earlier, later in zip(starts, starts[LINKS:], strict=False)]
-    spans = sorted(spans[len(spans) // 10 :], key=lambda span: span[0])  # the prefill comes first
+    steps = [
+        later - earlier for earlier, later in zip(starts, starts[num_moe_layers:], strict=False)
+    ]
+    spans = sorted(spans[len(spans) // 10 :], key=itemgetter(0))  # the prefill comes first
     timeline = spans[len(spans) // 2][1] if spans else []
     return Trace(steps[len(steps) // 10 :], [span for span, _ in spans], timeline)
 
@@ -167,29 +188,44 @@ def timelines(us: Results, size: str) -> str:
     return "\n\n".join(found)
 
 
+def shown_sizes(us: Results) -> list[str]:
+    """The smallest, the middle and the largest batch size, as far as they are there."""
+    sizes = list(next(iter(us.values())))
+    return [*dict.fromkeys(sizes[:1] + sizes[len(sizes) // 2 :][:1] + sizes[-1:])]
+
+
+def ran(results: Results) -> tuple[str, Rank]:
+    """The model's name, which older files of DeepSeek-V3 lack, and what was run of it."""
+    model = results.get("model", DEEPSEEK_V3.name)
+    return model, TP8_RANKS[model]
+
+
 def report(results: Results, picture: str | None) -> str:
     """The text, from what the JSON file holds."""
     us = results["us"]
+    model, rank = ran(results)
+    remark = f" {rank.remark}" if rank.remark else ""
     headers = ("batch", *(f"{name}, µs" for name in us), "shorter by")
     table = partial(tabulate, headers=headers, tablefmt="github", disable_numparse=True)
     return "\n\n".join(
         [
-            "# One rank of DeepSeek-V3 at TP 8: SGLang's server, decode steps",
+            f"# One rank of {model} at TP 8: SGLang's server, decode steps",
             *(
                 [f"![Decode steps, and what runs ahead of the experts]({picture})"]
                 if picture
                 else []
             ),
             "\n".join(f"- {name}: {value}" for name, value in results["environment"].items()),
-            f"All 61 layers, FP8 dummy weights, no all-reduce; {results['steps']} steps a profile, "
-            "one server after the other. Median and quartiles.",
+            f"All {rank.num_layers} layers, FP8 dummy weights, no all-reduce; {results['steps']} "
+            f"steps a profile, one server after the other. Median and quartiles.{remark}",
+            SPREAD_TEXT if results.get("spread") else GATHERED_TEXT,
             f"```\n{results['command']}\n```",
             "A step, from a layer's first expert GEMM to the same layer's in the next step:",
             table(rows(us, "step", 0)),
             "From the end of the norm ahead of a gate to the start of the first expert GEMM:",
             table(rows(us, "routing", 2)),
             "The layer in the middle, µs after the end of the norm:",
-            *(timelines(us, size) for size in ("1", "16", "64")),
+            *(timelines(us, size) for size in shown_sizes(us)),
             "```\n" + "\n".join(results["log_lines"]) + "\n```",
         ]
     )
@@ -209,7 +245,9 @@ def draw_steps(axes: Axes, steps: Mapping[str, Sequence[Sequence[float]]]) -> No
     axes.set_title(f"Decode step: {min(shorter):.0f} to {max(shorter):.0f} % shorter")
 
 
-def draw_timelines(axes: Axes, us: Results, routing: Sequence[Sequence[float]]) -> None:
+def draw_timelines(
+    axes: Axes, us: Results, routing: Sequence[Sequence[float]], num_moe_layers: int
+) -> None:
     """A row a kernel, `off` above; what lies ahead of the expert GEMM is shaded."""
     medians = [median for _, median, _ in routing]
     limit = 1.15 * max(medians)
@@ -238,13 +276,14 @@ def draw_timelines(axes: Axes, us: Results, routing: Sequence[Sequence[float]]) 
     axes.set_ylim(row - 1, -1)
     axes.set_xlim(-0.03 * limit, limit)
     axes.set_xlabel("µs after the end of the norm")
-    less = f"{medians[-1] - medians[0]:.1f} µs less, {LINKS} times a step"
+    less = f"{medians[-1] - medians[0]:.1f} µs less, {num_moe_layers} times a step"
     axes.set_title(f"From the norm to the first expert GEMM, batch {DRAWN_SIZE}: {less}")
 
 
 def save_plot(results: Results, path: Path) -> bool:
     """Whether there was enough to draw, and matplotlib."""
     us = results["us"]
+    model, rank = ran(results)
     routing = measured(us, "routing").get(DRAWN_SIZE)
     if routing is None:
         return False
@@ -260,11 +299,11 @@ def save_plot(results: Results, path: Path) -> bool:
         2, figsize=(9, 7), height_ratios=(2, 5), layout="constrained"
     )
     where = results["environment"]
-    title = f"DeepSeek-V3 with the plugin ({next(iter(us))}) and without (off)"
+    title = f"{model} with the plugin ({next(iter(us))}) and without (off)"
     what = f"one rank of TP 8, no all-reduce; {where['GPU']}, SGLang {where['sglang']}"
     figure.suptitle(f"{title}\n{what}", fontweight="bold")
     draw_steps(upper, measured(us, "step"))
-    draw_timelines(lower, us, routing)
+    draw_timelines(lower, us, routing, rank.num_moe_layers)
     for axes, along in ((upper, "y"), (lower, "x")):
         axes.grid(axis=along, alpha=0.3)
         axes.set_axisbelow(True)
@@ -277,7 +316,8 @@ def save(results: Results, folder: Path) -> str:
     """Writes what is there so far; the text of the report."""
     where = results["environment"]
     gpu = file_stem(where["GPU"], DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size)
-    name = f"dsv3_rank_{gpu}_{where['sglang']}"
+    _, rank = ran(results)
+    name = f"{rank.stem}_rank_{gpu}_{where['sglang']}"
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
     drawn = save_plot(results, folder / f"{name}.png")
     text = report(results, f"{name}.png" if drawn else None)
@@ -287,7 +327,15 @@ def save(results: Results, folder: Path) -> str:
 
 def main() -> int:
     parser = argument_parser(__doc__, backend="auto", num_layers=None)
+    parser.add_argument("--model", choices=TP8_RANKS, default=DEEPSEEK_V3.name)
     parser.add_argument("--steps", type=int, default=STEPS, help="of a profile")
+    parser.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=BATCH_SIZES,
+        help=f"the picture needs {DRAWN_SIZE} (default: {' '.join(map(str, BATCH_SIZES))})",
+    )
     redrawn = "write the report again, without a GPU"
     parser.add_argument("--from-json", type=Path, metavar="FILE", help=redrawn)
     arguments = parser.parse_args()
@@ -296,20 +344,24 @@ def main() -> int:
         print(save(json.loads(arguments.from_json.read_text()), arguments.output_dir))
         return 0
     arguments = parse_arguments(parser)
+    rank = TP8_RANKS[arguments.model]
+    batch_sizes = sorted(set(arguments.batch_sizes))
     extra = ["--mem-fraction-static", "0.9", "--max-total-tokens", "65536"]
-    extra += [*graph_options(BATCH_SIZES), *arguments.server_options]
+    extra += [*graph_options(batch_sizes), *arguments.server_options]
     log_lines: list[str] = []
     results: Results = {
+        "model": arguments.model,
         "environment": environment(),
         "command": "",
         "steps": arguments.steps,
+        "spread": True,
         "log_lines": log_lines,
         "us": {},
     }
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(4) as pool:
         model = Path(folder, "model")
         model.mkdir()
-        (model / "config.json").write_text(json.dumps(tp8_rank_config(), indent=2))
+        (model / "config.json").write_text(json.dumps(rank.config, indent=2))
         for backend in (arguments.backend, "off"):
             log = arguments.output_dir / f"server_{backend}.log"
             futures: dict[str, Future[Trace]] = {}
@@ -323,16 +375,17 @@ def main() -> int:
                 }
                 return save(results, arguments.output_dir)
 
-            with running(model, log, arguments.port, backend, extra) as server:
+            given = model, log, arguments.port, backend, extra
+            with running(*given, launcher=[str(SPREAD)]) as server:
                 results["command"] = server.shown_command
                 print(f"{backend}: up after {server.wait():.0f} s", flush=True)
                 lines = log.read_text().splitlines()
                 log_lines.extend(
                     each for each in lines if "Router GEMM" in each or "Routing," in each
                 )
-                for size in BATCH_SIZES:
+                for size in batch_sizes:
                     path = profile(server, Path(folder, backend, str(size)), size, arguments.steps)
-                    futures[str(size)] = pool.submit(read, path)
+                    futures[str(size)] = pool.submit(read, path, rank.num_moe_layers)
                     save_what_is_read()
                     print(f"{backend}: batch {size} is profiled", flush=True)
             wait(futures.values())

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ import run_dsv3_rank as one_rank
 import run_dsv3_ranks as ranks
 import run_dsv3_whole as whole
 import torch
-from dsv3_server import Server, full_width_config, patch_taken, script_call
+from dsv3_server import SPREAD, TP8_RANKS, Server, full_width_config, patch_taken, script_call
 from dsv3_trace import last_step, routing_us
+from matplotlib.axes import Axes
 from router_gemm_benchmark.timing import LINKS
+from transformers import AutoConfig
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 
@@ -337,15 +341,62 @@ def test_the_plots_are_written_from_the_json_alone(tmp_path: Path) -> None:
     assert [path.suffix for path in saved] == [".png", ".svg"] * 2
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "moe_layers", "hidden", "experts", "heads", "kv_heads", "vocab"),
+    [
+        ("DeepSeek-V3", 61, 58, 7168, 256, 128, 128, 129280),
+        ("GLM-4.5", 92, 89, 5120, 160, 96, 8, 151552),
+        ("MiniMax-M2", 62, 62, 3072, 256, 48, 8, 200064),
+        ("Qwen3-235B", 94, 94, 4096, 128, 64, 4, 151936),
+    ],
+)
+def test_a_rank_has_all_layers_and_an_eighth_of_each(
+    model: str,
+    layers: int,
+    moe_layers: int,
+    hidden: int,
+    experts: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    tmp_path: Path,
+) -> None:
+    rank = TP8_RANKS[model]
+    assert (rank.num_layers, rank.num_moe_layers) == (layers, moe_layers)
+    (tmp_path / "config.json").write_text(json.dumps(rank.config))
+    read = AutoConfig.from_pretrained(tmp_path)
+    renamed = ("torch_dtype", "rope_theta")  # by transformers 5
+    kept = {key: getattr(read, key, None) for key in rank.config if key not in renamed}
+    assert rank.config | kept == rank.config
+    assert read.rope_parameters["rope_theta"] == rank.config["rope_theta"]
+    assert read.hidden_size == hidden
+    assert read.num_local_experts == experts
+    assert read.num_experts_per_tok == 8
+    assert 8 * read.num_attention_heads == heads
+    assert read.num_key_value_heads == max(kv_heads // 8, 1)
+    assert 8 * read.vocab_size == vocab
+    assert read.quantization_config["weight_block_size"] == [128, 128]
+    # Which SGLang asks of its experts; what it has of them, one byte each, has to fit.
+    width = getattr(read, "moe_intermediate_size", read.intermediate_size)
+    assert width % 128 == 0
+    assert ("instead of" in rank.remark) == (model != "DeepSeek-V3")
+    assert moe_layers * (experts + 1) * 3 * hidden * width < 90e9
+
+
+def profiled(events: list[dict[str, Any]], folder: Path) -> Path:
+    """The file that the profiler writes."""
+    path = folder / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    return path
+
+
 def test_a_layer_of_a_rank_is_read_off_its_profile(tmp_path: Path) -> None:
     """What comes first, a prefill, is left out; so is the second GEMM of a layer."""
     events = trace(steps=3, gates=LINKS)
     for place in range(3 * LINKS):
         start = 100.0 * place + (20 if place < 10 else 11)
         events += [kernel(one_rank.EXPERT_GEMM, each, 20) for each in (start, start + 30)]
-    path = tmp_path / "trace.json.gz"
-    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
-    read = one_rank.read(path)
+    read = one_rank.read(profiled(events, tmp_path), LINKS)
     assert set(read.step_us) == {100.0 * LINKS}
     assert set(read.routing_us) == {6.0}
     assert read.timeline == [
@@ -355,7 +406,74 @@ def test_a_layer_of_a_rank_is_read_off_its_profile(tmp_path: Path) -> None:
     ]
 
 
-RANKS = sorted((Path(__file__).parent / "results").glob("dsv3_rank_*.json"))
+def dual_stream_trace(layers: int) -> list[dict[str, Any]]:
+    """GLM-4.5's where the shared expert is not fused: stream 13 has the K norm and the experts."""
+    events = []
+    for place in range(layers):
+        start = 100.0 * place
+        events += [
+            kernel("k_rmsnorm", start + 1, 3, stream=13),
+            kernel("attention", start + 5, 20),
+            kernel("void fused_add_rmsnorm<8>(int)", start + 30, 5),
+            kernel("shared_expert", start + 35, 20),
+            kernel("gate", start + 36, 4, stream=13),
+            kernel("topk_kernel", start + 41, 4, stream=13),
+            kernel(one_rank.EXPERT_GEMM, start + 46, 10, stream=13),
+            kernel(one_rank.EXPERT_GEMM, start + 58, 10, stream=13),
+        ]
+    return events
+
+
+def test_the_norm_is_found_on_another_stream_than_the_experts(tmp_path: Path) -> None:
+    layers = 7
+    read = one_rank.read(profiled(dual_stream_trace(4 * layers), tmp_path), layers)
+    assert set(read.step_us) == {100.0 * layers}
+    assert set(read.routing_us) == {46.0 - 35.0}
+    assert read.timeline == [("gate", 1, 5), ("topk_kernel", 6, 10), (one_rank.EXPERT_GEMM, 11, 21)]
+
+
+def test_another_model_is_run_with_its_config_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: dict[str, Any] = {}
+
+    @contextmanager
+    def running(
+        model: Path, log: Path, port: int, backend: str, extra: list[str], launcher: list[str]
+    ) -> Iterator[Namespace]:
+        assert launcher == [str(SPREAD)]
+        servers[backend] = (json.loads((model / "config.json").read_text()), extra)
+        log.write_text("Router GEMM [160, 5120] on SM 90: M 1-16 cluster, M 17+ SGLang\n")
+        yield Namespace(shown_command="python3 -m sglang.launch_server", wait=lambda: 1.0)
+
+    path = profiled(dual_stream_trace(4 * 89), tmp_path)
+    monkeypatch.setattr(one_rank, "running", running)
+    monkeypatch.setattr(one_rank, "profile", lambda *_: path)
+    monkeypatch.setattr(one_rank, "parse_arguments", ArgumentParser.parse_args)
+    where = {"GPU": "NVIDIA H200", "sglang": "0.5.23"}
+    monkeypatch.setattr(one_rank, "environment", lambda: where)
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda _, title: titles.append(title))
+    options = ["--model", "GLM-4.5", "--batch-sizes", "16", "1", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["", *options, "--", "--disable-radix-cache"])
+    assert one_rank.main() == 0
+    assert [*servers] == ["auto", "off"]
+    config, extra = servers["off"]
+    assert config == TP8_RANKS["GLM-4.5"].config
+    assert extra[-5:] == ["1", "16", "--max-running-requests", "16", "--disable-radix-cache"]
+    text = (tmp_path / "glm45_rank_h200_0.5.23.md").read_text()
+    assert text.startswith("# One rank of GLM-4.5 at TP 8")
+    assert "All 92 layers" in text
+    assert "256 wide instead of 192" in text
+    assert "DeepSeek" not in text
+    assert "batch 64" not in text
+    assert cells(text, "16", "8900 (8900-8900)")[2:] == ["8900 (8900-8900)", "0.0 %"]
+    assert [size in text for size in ("`off`, batch 1:", "`off`, batch 16:")] == [True, True]
+    assert titles[-1].endswith("89 times a step")
+
+
+RESULTS = Path(__file__).parent / "results"
+RANKS = sorted(RESULTS.glob("*_rank_*.json"))
 
 
 @pytest.mark.parametrize("path", RANKS, ids=lambda path: path.stem)
@@ -377,12 +495,13 @@ def test_the_report_of_a_rank_is_written_from_its_json_alone(
 def test_a_rank_without_matplotlib_or_cut_short_has_no_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = json.loads(RANKS[0].read_text())
+    whole_run = (RESULTS / "dsv3_rank_h200_0.5.23.json").read_text()
+    results = json.loads(whole_run)
     del results["us"]["off"][one_rank.DRAWN_SIZE]
     assert "![" not in (text := one_rank.save(results, tmp_path))
     assert text.count(" %") == 2 * 4
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "![" not in one_rank.save(json.loads(RANKS[0].read_text()), tmp_path)
+    assert "![" not in one_rank.save(json.loads(whole_run), tmp_path)
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -431,3 +550,27 @@ def test_bench_serving_takes_the_options_and_the_tokenizer(
     # What SGLang's own warm-up sends, and text for every token, or there is no ITL.
     assert tokenizer.encode("The capital city of France is") == [0] * 6
     assert tokenizer.decode([0, 1, 511], skip_special_tokens=True) == "t0 t1 t511"
+
+
+LOGITS = """
+import serve_spread, torch
+from sglang.srt.model_loader import loader
+norm, gate = torch.nn.RMSNorm(4096), torch.nn.Linear(4096, 128, bias=False)
+mlp = torch.nn.ModuleDict({"norm": norm, "gate": gate})
+loader.initialize_dummy_weights(torch.nn.ModuleDict({"layer": torch.nn.ModuleDict({"mlp": mlp})}))
+print(float(gate(norm(torch.randn(64, 4096))).std()), float(norm.weight.max()))
+"""
+
+
+def test_the_gates_logits_are_as_large_as_a_trained_models() -> None:
+    """Of SGLang's own dummy weights in the norm, and larger ones in the gate."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOGITS],
+        cwd=SPREAD.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    std, norm = map(float, done.stdout.splitlines()[-1].split())
+    assert 0.8 < std < 1.25
+    assert norm <= 1e-3

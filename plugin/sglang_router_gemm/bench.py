@@ -19,7 +19,7 @@ from tabulate import tabulate
 from sglang.srt.layers.moe_router.backends import BACKENDS
 from sglang.srt.layers.moe_router.environ import AUTO, OFF
 from sglang.srt.layers.moe_router.kernel import Target, device_sm
-from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, find_model
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
 from sglang.srt.layers.moe_router.packages import installed_versions
 from sglang.srt.layers.moe_router.plan import decide
 from sglang_router_gemm.model_config import ConfigError, GateConfig, read_gate
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 NUM_TOKENS = (1, 8, 16, 32, 64)
 ROUNDS = 20
-OWN = "SGLang MoEGate"
 
 # Two settings closer than that are the same: two runs differ by as much (H200, 2026-11-27).
 _SAME = 1.02
@@ -45,7 +44,7 @@ def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
 
     Args:
         model: a config.json or its folder; by default DeepSeek-V3.
-        shape: N and K, of a model with as many layers as DeepSeek-V3.
+        shape: N and K, of a model that is else as DeepSeek-V3.
         as_json: print JSON instead.
 
     Returns:
@@ -65,42 +64,44 @@ def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
         print(f"sglang-router-gemm bench: {error}", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    target = Target(device, device_sm(device), *gate.shape)
+    target = Target(device, device_sm(device), *gate.shape, *gate.form)
     with torch.no_grad():
-        us, skipped = measure(gate.shape, device)
+        us, skipped = measure(gate, device)
     findings = {
         "gpu": torch.cuda.get_device_name(device),
         "sm": target.sm,
         "versions": installed_versions() | {"cuda": torch.version.cuda},
         "num_experts": gate.num_experts,
         "hidden_size": gate.hidden_size,
+        "gate": str(target),
+        "own": gate.own,
         "layers": gate.layers or LINKS,
         "us": us,
         "skipped": skipped,
-        "setting": recommend(us, target),
+        "setting": recommend(us, target, gate.own),
     }
     print(json.dumps(findings, indent=1) if as_json else as_text(findings))
-    return int(OWN not in us)
+    return int(gate.own not in us)
 
 
 def measure(
-    shape: tuple[int, int], device: torch.device
+    gate: GateConfig, device: torch.device
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """Microseconds of one call in the benchmark's `chain`, and why somebody has none.
 
     Returns:
-        By name, `SGLang MoEGate` or a backend's, the median by M; and the reasons by name.
+        By name, `gate.own` or a backend's, the median by M; and the reasons by name.
     """
     from router_gemm_benchmark import accuracy
-    from router_gemm_benchmark.providers import Skip, all_providers
+    from router_gemm_benchmark.providers import Form, Skip, all_providers
     from router_gemm_benchmark.timing import CHAIN, MODES, Bench, Candidate
 
-    bench = Bench(*shape, ROUNDS, device)
+    bench = Bench(*gate.shape, ROUNDS, device, gate.dtype)
     mode = CHAIN if bench.producer is not None else MODES[1]
     skipped: dict[str, str] = {}
     ready: list[Candidate] = []
-    for provider in all_providers(*shape, device):
-        if not provider.ours and provider.name != OWN:
+    for provider in all_providers(*gate.shape, device, Form(*gate.form)):
+        if not provider.ours and provider.name != gate.own:
             continue
         print(f"{provider.name}: built or loaded, and compared with fp64 …", file=sys.stderr)
         try:
@@ -112,7 +113,7 @@ def measure(
             found.failure
             for m in NUM_TOKENS
             if provider.supports(m) is None
-            and (found := accuracy.check(*candidate, m, *shape, device)).failure is not None
+            and (found := accuracy.check(*candidate, m, *gate.shape, device)).failure is not None
         ]
         if wrong:
             skipped[_name(provider.name)] = str(wrong[0])
@@ -128,15 +129,15 @@ def measure(
     return {name: row for name, row in us.items() if row}, skipped
 
 
-def recommend(us: Mapping[str, Mapping[int, float]], target: Target) -> str:
+def recommend(us: Mapping[str, Mapping[int, float]], target: Target, own_name: str) -> str:
     """The value of `SGLANG_ROUTER_GEMM_BACKEND` that is fastest, `auto` where it is as fast.
 
     An M that a backend does not serve is SGLang's own, at its time.
     """
-    own = us.get(OWN)
+    own = us.get(own_name)
     if own is None:
         return AUTO
-    settings = {OFF: own} | {name: {**own, **us[name]} for name in us if name != OWN}
+    settings = {OFF: own} | {name: {**own, **us[name]} for name in us if name != own_name}
     taken = decide(AUTO, target, lambda backend: None)
     auto = dict(own)
     if taken.backend is not None:
@@ -149,30 +150,27 @@ def recommend(us: Mapping[str, Mapping[int, float]], target: Target) -> str:
 
 def as_text(findings: Mapping[str, Any]) -> str:
     us, layers = findings["us"], findings["layers"]
-    own = us.get(OWN, {})
-    names = [name for name in us if name != OWN]
+    own = us.get(findings["own"], {})
+    names = [name for name in us if name != findings["own"]]
     rows = [
         (
             str(m),
             f"{own[m]:.2f}" if m in own else "",
             *(f"{us[name][m]:.2f}" if m in us[name] else "" for name in names),
-            _saved(m, us, layers),
+            _saved(own.get(m), [us[name][m] for name in names if m in us[name]], layers),
         )
         for m in NUM_TOKENS
     ]
     headers = ("M", "SGLang's", *names, f"best saves, {layers} layers")
     lines = [
-        f"{findings['gpu']} (SM {findings['sm']}), gate [{findings['num_experts']}, "
-        f"{findings['hidden_size']}]: µs of one call",
+        f"{findings['gpu']} (SM {findings['sm']}), gate {findings['gate']}",
+        f"µs of one call. SGLang's own is {findings['own']}.",
         "",
         tabulate(rows, headers, disable_numparse=True),
         "",
         *(f"{name} is not there: {reason}" for name, reason in findings["skipped"].items()),
         f"Use SGLANG_ROUTER_GEMM_BACKEND={findings['setting']}",
     ]
-    fp32 = find_model(findings["num_experts"], findings["hidden_size"], torch.float32)
-    if fp32 is not None:
-        lines.append(f"With bf16 weights. {fp32.name} keeps fp32 ones, which are not timed here.")
     known = BACKENDS["cluster"].measured_sms or ()
     if findings["sm"] not in known:
         lines.append(
@@ -181,10 +179,8 @@ def as_text(findings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _saved(m: int, us: Mapping[str, Mapping[int, float]], layers: int) -> str:
-    own = us.get(OWN, {}).get(m)
-    best = min((row[m] for name, row in us.items() if name != OWN and m in row), default=None)
-    return "" if own is None or best is None else f"{layers * (own - best):+.0f} µs a step"
+def _saved(own: float | None, ours: Sequence[float], layers: int) -> str:
+    return "" if own is None or not ours else f"{layers * (own - min(ours)):+.0f} µs a step"
 
 
 def _name(provider: str) -> str:

@@ -37,9 +37,15 @@ class GateCheck(NamedTuple):
 
 
 def sglang_gate(
-    device: torch.device, num_experts: int = NUM_EXPERTS, hidden_size: int = HIDDEN_SIZE
+    device: torch.device,
+    num_experts: int = NUM_EXPERTS,
+    hidden_size: int = HIDDEN_SIZE,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> torch.nn.Module:
-    """SGLang's `MoEGate`, by default at DeepSeek-V3's width, with every plugin applied."""
+    """SGLang's `MoEGate`, by default at DeepSeek-V3's width, with every plugin applied.
+
+    A release that knows no `router_fp32` gives it a bf16 weight where `dtype` is fp32.
+    """
     load_plugins()
     from sglang.srt.models.deepseek_v2 import MoEGate
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -47,7 +53,7 @@ def sglang_gate(
     # MoEGate.forward asks the published ServerArgs for deterministic inference.
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device=device.type))
     return _build(
-        lambda config: MoEGate(config, quant_config=None), device, num_experts, hidden_size
+        lambda config: MoEGate(config, quant_config=None), device, num_experts, hidden_size, dtype
     )
 
 
@@ -106,9 +112,13 @@ def _build(
     device: torch.device,
     num_experts: int = NUM_EXPERTS,
     hidden_size: int = HIDDEN_SIZE,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> torch.nn.Module:
     config = SimpleNamespace(
-        n_routed_experts=num_experts, hidden_size=hidden_size, topk_method="noaux_tc"
+        n_routed_experts=num_experts,
+        hidden_size=hidden_size,
+        topk_method="noaux_tc",
+        router_fp32=dtype == torch.float32,
     )
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # as SGLang's loader does around the model

@@ -78,7 +78,7 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         device: where the gate would be.
         sm: 10 * major + minor of its compute capability, None for a CPU.
     """
-    target = Target(device, sm, model.num_experts, model.hidden_size, model.dtype)
+    target = Target(device, sm, *model.gate)
     asked: dict[str, Kernel] = {}
 
     def unavailable(backend: Backend) -> str | None:
@@ -90,7 +90,7 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         "model": model.name,
         "num_experts": model.num_experts,
         "hidden_size": model.hidden_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "gate": str(target),
         "as_asked": _is_as_asked(decision),
         "paths": [
             {
@@ -216,14 +216,13 @@ def _gates(models: list[dict[str, Any]]) -> str:
             rows.append(
                 (
                     model["model"],
-                    f"{model['num_experts']} x {model['hidden_size']}"
-                    + (" fp32" if model["dtype"] == "float32" else ""),
+                    model["gate"],
                     path["num_tokens"],
                     path["path"],
                 )
             )
             remarks.append("; ".join(filter(None, (path["kernel"], path["reason"]))))
-    return _remarked(("model", "N x K", "M", "path"), rows, remarks)
+    return _remarked(("model", "gate", "M", "path"), rows, remarks)
 
 
 def _routings(models: list[dict[str, Any]]) -> str:

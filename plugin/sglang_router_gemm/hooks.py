@@ -12,15 +12,20 @@ import functools
 import inspect
 import logging
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import wrapt
 
 from sglang_router_gemm.contract import GATE_CLASS, examine, examine_routing
+from sglang_router_gemm.narrow import narrowed
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.moe_router.models import Gate
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +38,13 @@ def register() -> None:
     """Patches each of SGLang's modules when it is imported, or now, where it is."""
     from sglang.srt.layers.moe_router.models import GATES
 
-    plain = {
-        f"sglang.srt.models.{each.module}": functools.partial(patch_plain_gate, each.name)
+    others = {
+        f"sglang.srt.models.{each.module}": functools.partial(
+            patch_plain_gate if each.linear is None else patch_linear_gate, each
+        )
         for each in GATES
     }
-    for name, patch in (PATCHES | plain).items():
+    for name, patch in (PATCHES | others).items():
         wrapt.register_post_import_hook(functools.partial(_guarded, patch), name)
 
 
@@ -78,31 +85,57 @@ def patch_gate(model: ModuleType) -> None:
     _hook(model, GATE_CLASS, _forward_with_batch)
 
 
-def patch_plain_gate(name: str, model: ModuleType) -> None:
-    """The same for a gate of `models.GATES`."""
-    if not hasattr(model, name):
-        return  # an older release
-    if _contract(_package(model)).problem is not None:
-        return  # `patch_gate` says so
-    taken = ", ".join(inspect.signature(getattr(model, name).forward).parameters)
+def patch_plain_gate(gate: Gate, model: ModuleType) -> None:
+    """The same for a gate of `models.GATES` that is a class."""
+    if not _is_there(gate, model):
+        return
+    taken = ", ".join(inspect.signature(getattr(model, gate.name).forward).parameters)
     if taken != "self, hidden_states":
         logger.warning(
             "Router GEMM: this SGLang's %s.%s does not fit, it serves itself: forward takes (%s), "
             "must take (self, hidden_states).",
             model.__name__,
-            name,
+            gate.name,
             taken,
         )
         return
-    _hook(model, name, _plain_forward)
+    _hook(model, gate.name, _plain_forward, gate.logits_dtype)
+
+
+def _is_there(gate: Gate, model: ModuleType) -> bool:
+    """Whether a gate may be hooked: older releases lack some, and `patch_gate` warns of others."""
+    return hasattr(model, gate.name) and _contract(_package(model)).problem is None
 
 
 def _hook(
-    model: ModuleType, name: str, make_forward: Callable[..., Callable[..., torch.Tensor]]
+    model: ModuleType,
+    name: str,
+    make_forward: Callable[..., Callable[..., torch.Tensor]],
+    logits_dtype: torch.dtype | None = torch.float32,
 ) -> None:
-    """Hooks SGLang's class of this name, which another plugin may have subclassed."""
-    for gate_class in getattr(model, name).__mro__:
-        if (gate_class.__module__, gate_class.__qualname__) == (model.__name__, name):
+    """Hooks SGLang's gate of this name: what it has built is planned, and a call asks the plan."""
+    from sglang.srt.models.deepseek_v2_gate import plan_gate
+
+    gate_class = _class_of(model, name)
+    if gate_class is None:
+        return
+    own_forward: Callable[..., torch.Tensor] = gate_class.forward
+
+    def plan(gate: Any) -> None:
+        plan_gate(gate, own_forward, logits_dtype or gate.weight.dtype)
+
+    _plan_after_init(gate_class, plan)
+    gate_class.router_plan = None  # of a gate that was built by other means
+    gate_class.forward = functools.wraps(own_forward)(make_forward(own_forward))
+
+
+def _class_of(model: ModuleType, name: str) -> Any:
+    """SGLang's class of this name, which another plugin may have subclassed.
+
+    None where that has replaced it, and where it is hooked already.
+    """
+    for found in getattr(model, name).__mro__:
+        if (found.__module__, found.__qualname__) == (model.__name__, name):
             break
     else:
         logger.warning(
@@ -110,32 +143,86 @@ def _hook(
             model.__name__,
             name,
         )
-        return
-    if "router_plan" not in vars(gate_class):  # else it is hooked
-        _hook_class(gate_class, make_forward)
-        logger.info("Router GEMM: %s.%s is hooked.", model.__name__, name)
+        return None
+    if "_router_gemm_hooked" in vars(found):
+        return None
+    found._router_gemm_hooked = True
+    logger.info("Router GEMM: %s.%s is hooked.", model.__name__, name)
+    return found
 
 
-def _hook_class(gate_class: Any, make_forward: Callable[..., Callable[..., torch.Tensor]]) -> None:
-    from sglang.srt.models.deepseek_v2_gate import plan_gate
-
-    own_init: Callable[..., None] = gate_class.__init__
-    own_forward: Callable[..., torch.Tensor] = gate_class.forward
+def _plan_after_init(hooked: Any, plan: Callable[[Any], None]) -> None:
+    own_init: Callable[..., None] = hooked.__init__
 
     @functools.wraps(own_init)
-    def init(gate: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        own_init(gate, *args, **kwargs)
+    def init(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        own_init(module, *args, **kwargs)
         try:
-            plan_gate(gate, own_forward)
+            plan(module)
         except Exception:  # a gate that is not as expected: SGLang must go on
             logger.warning(
                 "Router GEMM: a gate cannot be planned, SGLang's own path serves it.",
                 exc_info=True,
             )
 
-    gate_class.router_plan = None  # of a gate that was built by other means
-    gate_class.__init__ = init
-    gate_class.forward = functools.wraps(own_forward)(make_forward(own_forward))
+    hooked.__init__ = init
+
+
+# ---- A gate that is a linear layer --------------------------------------------------------------
+
+
+def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
+    """The same for a gate of `models.GATES` that is a linear layer in a class."""
+    if not _is_there(gate, model):
+        return
+    from sglang.srt.layers.linear import ReplicatedLinear
+    from sglang.srt.models.deepseek_v2_gate import plan_gate
+
+    assert gate.linear is not None
+    attribute = gate.linear
+    narrow = {name: narrowed(model, gate.name, name, attribute) for name in gate.casting}
+    block_class = _class_of(model, gate.name)
+    if block_class is None:
+        return
+
+    def plan(block: Any) -> None:
+        linear = getattr(block, attribute)
+        if not isinstance(linear, ReplicatedLinear) or linear.skip_bias_add:
+            return
+        linear_class: Any = type(linear)
+        planned = _planned(linear_class)
+        logits_dtype = gate.logits_dtype or linear.weight.dtype
+        plan_gate(linear, planned.own_logits, logits_dtype, linear.bias)
+        # One class more, not a function on the layer: a copy's would have the first one's weight.
+        if linear.router_plan is not None and linear.router_plan.decision.backend is not None:
+            linear.__class__ = planned
+            for name, method in narrow.items():
+                setattr(block, name, types.MethodType(method, block))
+
+    _plan_after_init(block_class, plan)
+
+
+@functools.cache  # one for all layers: gates of one shape share a plan, and so its comparison
+def _planned(linear: Any) -> Any:
+    """The class of a linear layer that asks its plan first."""
+    from sglang.srt.models.deepseek_v2_gate import router_logits
+
+    own_forward: Callable[..., tuple[torch.Tensor, Any]] = linear.forward
+
+    def forward(gate: Any, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        logits = router_logits(gate, x)
+        return own_forward(gate, x.to(gate.weight.dtype)) if logits is None else (logits, None)
+
+    def own_logits(gate: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return own_forward(gate, hidden_states.to(gate.weight.dtype))[0]
+
+    body = {
+        "__module__": linear.__module__,
+        "__qualname__": linear.__qualname__,
+        "forward": functools.wraps(own_forward)(forward),
+        "own_logits": staticmethod(own_logits),
+    }
+    return type(linear.__name__, (linear,), body)
 
 
 def _forward_with_batch(own_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -3,8 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+
+# The dtypes of weight and logits, whether there is a bias, and whom the benchmark calls that does
+# what the model's class does in SGLang 0.5.23.
+_Computed = tuple[torch.dtype, torch.dtype, bool, str]
+_MOE_GATE: _Computed = (_BF16, _FP32, False, "SGLang MoEGate")
+_CUBLAS: _Computed = (_BF16, _FP32, False, "cuBLAS fp32")
+_FP32_LINEAR: _Computed = (_FP32, _FP32, False, "SGLang fp32 F.linear")
+_TF32_LINEAR: _Computed = (_FP32, _FP32, False, "SGLang TF32 F.linear")
+_BF16_LINEAR: _Computed = (_BF16, _BF16, False, "F.linear")
+
+# By architecture; every other is taken for one of DeepSeek's.
+_GATES: Mapping[str, _Computed] = {
+    "Glm4MoeForCausalLM": _TF32_LINEAR,
+    "Glm4MoeLiteForCausalLM": _FP32_LINEAR,
+    "Glm4vMoeForConditionalGeneration": _FP32_LINEAR,
+    "GptOssForCausalLM": (_BF16, _BF16, True, "FlashInfer tinygemm"),
+    "HYV3ForCausalLM": _FP32_LINEAR,
+    "HYV4ForCausalLM": (_FP32, _FP32, False, "SGLang MoEGate"),
+    "KimiLinearForCausalLM": _BF16_LINEAR,
+    "LongcatFlashForCausalLM": _FP32_LINEAR,
+    "MiMoV2FlashForCausalLM": _FP32_LINEAR,
+    "MiMoV2ForCausalLM": _FP32_LINEAR,
+    "MiniMaxM2ForCausalLM": _TF32_LINEAR,
+    "Qwen2MoeForCausalLM": _BF16_LINEAR,
+    "Qwen3_5MoeForConditionalGeneration": _BF16_LINEAR,
+    "Qwen3MoeForCausalLM": _BF16_LINEAR,
+    "Qwen3NextForCausalLM": _BF16_LINEAR,
+    "Qwen3VLMoeForConditionalGeneration": _BF16_LINEAR,
+}
 
 _NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
@@ -14,17 +48,28 @@ class ConfigError(Exception):
 
 
 class GateConfig(NamedTuple):
-    """The shape of a model's gates, and how many layers have one."""
+    """What a model's gates compute, and how many layers have one; DeepSeek's unless said."""
 
     num_experts: int
     hidden_size: int
     layers: int | None
     """None where the config does not say."""
+    dtype: torch.dtype = _MOE_GATE[0]
+    """The weight's."""
+    logits_dtype: torch.dtype = _MOE_GATE[1]
+    bias: bool = _MOE_GATE[2]
+    own: str = _MOE_GATE[3]
+    """The benchmark's provider that does what SGLang does."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """N and K."""
         return self.num_experts, self.hidden_size
+
+    @property
+    def form(self) -> tuple[torch.dtype, torch.dtype, bool]:
+        """The dtypes of weight and logits, and whether there is a bias."""
+        return self.dtype, self.logits_dtype, self.bias
 
 
 def read_gate(path: Path) -> GateConfig:
@@ -46,10 +91,21 @@ def read_gate(path: Path) -> GateConfig:
             num_experts = next((part[name] for name in _NUM_EXPERTS if part.get(name)), None)
             hidden_size, layers = part.get("hidden_size"), part.get("num_hidden_layers")
             if isinstance(num_experts, int) and isinstance(hidden_size, int):
+                num_experts += part.get("zero_expert_num") or 0  # LongCat's gate scores these too
                 if isinstance(layers, int):
                     layers -= part.get("first_k_dense_replace") or 0  # these have no experts
-                return GateConfig(num_experts, hidden_size, layers)
+                computed = _computed(whole.get("architectures") or (), part.get("moe_router_dtype"))
+                return GateConfig(num_experts, hidden_size, layers, *computed)
     raise ConfigError(
         f"{file} has no {', '.join(_NUM_EXPERTS[:-1])} or {_NUM_EXPERTS[-1]} beside "
         "hidden_size: must be the config.json of an MoE model"
     )
+
+
+def _computed(architectures: Sequence[str], router_dtype: str | None) -> _Computed:
+    for name in architectures:
+        if name.startswith("MiMoV2") and router_dtype == "bfloat16":
+            return _CUBLAS
+        if name in _GATES:
+            return _GATES[name]
+    return _MOE_GATE

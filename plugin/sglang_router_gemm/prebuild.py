@@ -41,16 +41,17 @@ class PrebuildError(Exception):
 
 
 class Job(NamedTuple):
-    """One kernel to build: for an SM, and weights `[num_experts, hidden_size]`."""
+    """One kernel to build: for an SM, and a gate as in a `Target`, with its dtypes' names."""
 
     backend: str
     sm: int
     num_experts: int
     hidden_size: int
+    dtype: str
+    logits_dtype: str
+    bias: bool
     routing: tuple[int, int, int] | None = None
     """`num_groups`, `top_groups` and `top_k`, where the routing behind the gate is built, too."""
-    fp32: bool = False
-    """The weights' dtype, else bf16."""
 
 
 def run(
@@ -119,34 +120,36 @@ def plan_jobs(
 
     from sglang.srt.layers.moe_router.backends import BACKENDS, either
     from sglang.srt.layers.moe_router.environ import AUTO
-    from sglang.srt.layers.moe_router.kernel import Target
+    from sglang.srt.layers.moe_router.kernel import Target, dtype_name
     from sglang.srt.layers.moe_router.models import MODELS
     from sglang.srt.layers.moe_router.plan import decide
 
     compiled = [each.name for each in BACKENDS.values() if each.build is not None]
     if backend is not None and backend not in compiled:
         raise PrebuildError(f"backend is {backend!r}, must be {either(compiled)}")
-    weights = [(model.num_experts, model.hidden_size, model.dtype) for model in MODELS]
+    gates = [model.gate for model in MODELS]
     if shapes is not None:
-        known = [each for each in weights if each[:2] in shapes]
+        known = [each for each in gates if each[:2] in shapes]
         others = [shape for shape in shapes if all(each[:2] != shape for each in known)]
-        weights = known + [(*shape, torch.bfloat16) for shape in others]
+        gates = known + [(*shape, torch.bfloat16, torch.float32, False) for shape in others]
     jobs: dict[str, list[Job]] = {}
     nothing = []
     for arch_list, arch in _arch_lists(archs):
         major, minor = _capability(arch)
         sm = 10 * major + minor
         reasons = []
-        for n, k, dtype in dict.fromkeys(weights):
-            target = Target(torch.device("cuda"), sm, n, k, dtype)
+        for gate in dict.fromkeys(gates):
+            target = Target(torch.device("cuda"), sm, *gate)
             decision = decide(backend or AUTO, target, lambda backend: None)
             if decision.backend is not None and decision.backend.build is not None:
-                routing, fp32 = _routing(backend, target), dtype == torch.float32
-                job = Job(decision.backend.name, sm, n, k, routing, fp32)
+                n, k, dtype, logits_dtype, bias = gate
+                names = dtype_name(dtype), dtype_name(logits_dtype)
+                routing = _routing(backend, target)
+                job = Job(decision.backend.name, sm, n, k, *names, bias, routing)
                 jobs.setdefault(arch_list, []).append(job)
             else:
                 reasons.append(decision.reason)
-        if len(reasons) == len(dict.fromkeys(weights)):
+        if len(reasons) == len(dict.fromkeys(gates)):
             nothing.append(f"{arch}: nothing to build: {reasons[0]}")
     if nothing and (backend is not None or not jobs):
         raise PrebuildError(nothing[0])
@@ -159,7 +162,7 @@ def _routing(backend: str | None, target: Target) -> tuple[int, int, int] | None
     """The routing behind a gate of the table, where the same setting takes our kernel for it."""
     from sglang.srt.layers.moe_router.models import find_model
 
-    model = find_model(target.num_experts, target.hidden_size, target.dtype)
+    model = find_model(*target[2:])
     route = model.route if model is not None else None
     taken = route is not None and target.sm in route.auto
     if route is None or not (backend == "cluster" or (backend is None and taken)):
@@ -278,8 +281,9 @@ def build_jobs() -> None:
         if reason := BACKENDS[job.backend].missing(job.sm):
             sys.exit(reason)
     for job in jobs:
-        backend, dtype = BACKENDS[job.backend], torch.float32 if job.fp32 else torch.bfloat16
-        target = Target(torch.device("cuda"), *job[1:4], dtype)
+        backend = BACKENDS[job.backend]
+        dtypes = getattr(torch, job.dtype), getattr(torch, job.logits_dtype)
+        target = Target(torch.device("cuda"), *job[1:4], *dtypes, job.bias)
         assert backend.build is not None
         assert backend.find_builder is not None
         name = f"{backend.kernel} {target}"

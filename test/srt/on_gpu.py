@@ -23,10 +23,13 @@ def run_of(
     num_experts: int = 256,
     hidden_size: int = 7168,
     dtype: torch.dtype = torch.bfloat16,
+    logits_dtype: torch.dtype = torch.float32,
+    has_bias: bool = False,
 ) -> Run:
     """The kernel of `backend`, loaded; the test is skipped where it cannot be had."""
     weight = torch.empty(num_experts, hidden_size, dtype=dtype, device="cuda")
-    plan = make_plan(weight, backend)
+    bias = weight[:, 0] if has_bias else None
+    plan = make_plan(weight, backend, logits_dtype=logits_dtype, bias=bias)
     if plan.run is None:
         assert backend == "sgl_kernel", plan.decision.reason
         pytest.skip(plan.decision.reason)

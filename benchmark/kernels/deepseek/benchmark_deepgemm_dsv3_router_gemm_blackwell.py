@@ -2,11 +2,12 @@
 
     python3 benchmark_deepgemm_dsv3_router_gemm_blackwell.py --quick
     python3 benchmark_deepgemm_dsv3_router_gemm_blackwell.py --save-path results
+    python3 benchmark_deepgemm_dsv3_router_gemm_blackwell.py --weight fp32 --save-path results
     python3 benchmark_deepgemm_dsv3_router_gemm_blackwell.py --from-json FILE --csv --save-path DIR
 
-`logits[M, N] = hidden_states[M, K] @ weight[N, K].T`, bf16 in, fp32 out. Every provider is
-first compared with fp64; what is wrong is not timed. Without a GPU it checks the logits of
-SGLang's gate on the CPU and times nothing.
+`logits[M, N] = hidden_states[M, K] @ weight[N, K].T`, bf16 in and fp32 out unless asked for
+otherwise. Every provider is first compared with fp64; what is wrong is not timed. Without a GPU
+it checks the logits of SGLang's gate on the CPU and times nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from router_gemm_benchmark import how_to_call
 
 if TYPE_CHECKING:
     import torch
-    from router_gemm_benchmark.providers import Provider
+    from router_gemm_benchmark.providers import Form, Provider
     from router_gemm_benchmark.report import Results
     from router_gemm_benchmark.timing import Bench, Candidate
 
@@ -42,9 +43,12 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     from router_gemm_benchmark import providers  # noqa: F401  makes the table importable
+    from router_gemm_benchmark.timing import MODE_NAMES
 
-    from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS
+    from sglang.srt.layers.moe_router.backends import BACKENDS, either
+    from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
 
+    rule = BACKENDS["cluster"].rule
     parser = _Parser(
         usage="%(prog)s [options]",
         description="Accuracy and speed of the router GEMM of DeepSeek-V3-class models, "
@@ -61,18 +65,28 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="M",
         help=f"rows of hidden_states, 1 to {MAX_NUM_TOKENS} (default: 1 to 16)",
     )
-    for option, letter, field in (
-        ("--num-experts", "N", "num_experts"),
-        ("--hidden-dim", "K", "hidden_size"),
+    for option, letter, values, default in (
+        ("--num-experts", "N", rule.num_experts, DEEPSEEK_V3.num_experts),
+        ("--hidden-dim", "K", rule.hidden_sizes, DEEPSEEK_V3.hidden_size),
     ):
+        assert values is not None
         parser.add_argument(
             option,
-            type=int,
-            choices=sorted({getattr(model, field) for model in MODELS}),
-            default=getattr(DEEPSEEK_V3, field),
+            type=_integer_of(letter, values, either(values)),
+            default=default,
             metavar=letter,
-            help="%(choices)s (default: %(default)s)",
+            help=f"{either(values)} (default: %(default)s)",
         )
+    for option, default_dtype in (("--weight", "bf16"), ("--logits", "fp32")):
+        parser.add_argument(
+            option,
+            choices=("bf16", "fp32"),
+            default=default_dtype,
+            help=f"dtype of the {option[2:]} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--bias", action="store_true", help="with a bf16 bias; for --logits bf16 alone"
+    )
     parser.add_argument(
         "--tp-sizes",
         type=_integer_in("a tensor-parallel size", 1, MAX_TP_SIZE),
@@ -93,6 +107,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounds",
         type=_integer_in("the number of rounds", 1, 100_000),
         help=f"replays of each graph (default: {ROUNDS})",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODE_NAMES,
+        default=MODE_NAMES,
+        metavar="MODE",
+        help="of those below (default: all)",
     )
     parser.add_argument(
         "--save-path", type=Path, metavar="DIR", help="write JSON and plots (PNG) there"
@@ -124,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --save-path: {save_path} is a file, must be a folder")
     if save_path is None and (arguments.csv or arguments.svg):
         parser.error(f"argument --{'csv' if arguments.csv else 'svg'}: it needs --save-path")
+    if arguments.bias and arguments.logits != "bf16":
+        parser.error("argument --bias: it needs --logits bf16")
     import torch
     from router_gemm_benchmark.providers import all_providers
 
@@ -136,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     gpu = torch.cuda.is_available() and torch.version.cuda is not None
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-    providers = all_providers(arguments.num_experts, arguments.hidden_dim, device)
+    shape = arguments.num_experts, arguments.hidden_dim
+    providers = all_providers(*shape, device, given_form(arguments))
     try:
         providers = filter_providers(providers, arguments.providers)
     except ValueError as error:
@@ -160,6 +185,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.check_only:
         show(results, save_path, arguments.csv, arguments.svg)
     return status
+
+
+def given_form(arguments: argparse.Namespace) -> Form:
+    from router_gemm_benchmark.providers import BF16, FP32, Form
+
+    dtypes = {"bf16": BF16, "fp32": FP32}
+    return Form(dtypes[arguments.weight], dtypes[arguments.logits], arguments.bias)
 
 
 def given_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[str]:
@@ -212,6 +244,9 @@ def empty_results(
     from router_gemm_benchmark import report
     from router_gemm_benchmark.timing import LINKS
 
+    from sglang.srt.layers.moe_router.kernel import dtype_name
+
+    form = given_form(arguments)
     return {
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU",
         "driver": report.driver_version(),
@@ -220,8 +255,12 @@ def empty_results(
         "command": command,
         "num_experts": arguments.num_experts,
         "hidden_size": arguments.hidden_dim,
+        "weight": dtype_name(form.dtype),
+        "logits": dtype_name(form.logits_dtype),
+        "bias": form.bias,
         "num_tokens": num_tokens,
         "rounds": rounds,
+        "modes": list(arguments.modes),
         "links": LINKS,
         "copy_bandwidth_gb_s": None,
         "producer": None,
@@ -289,6 +328,8 @@ def build_all(results: Results, providers: list[Provider]) -> list[Candidate]:
     from router_gemm_benchmark.providers import Skip
     from router_gemm_benchmark.timing import Candidate
 
+    from sglang.srt.layers.moe_router.kernel import dtype_name
+
     found = []
     for provider in providers:
         skipped = None
@@ -299,13 +340,14 @@ def build_all(results: Results, providers: list[Provider]) -> list[Candidate]:
         results["providers"].append(
             {
                 "name": provider.name,
-                "output": str(provider.output).removeprefix("torch."),
+                "output": dtype_name(provider.output),
                 "pdl": provider.pdl,
                 "note": provider.note,
                 "ours": provider.ours,
                 "own_kernel": provider.own_kernel,
                 "skipped": skipped,
             }
+            | ({"tf32": True} if provider.tf32 else {})
         )
     return found
 
@@ -314,14 +356,15 @@ def check_all(
     results: Results, candidates: list[Candidate], device: torch.device, save: Callable[[], None]
 ) -> dict[int, list[Candidate]]:
     """Compares everyone with fp64 at every M; returns by M who was right there."""
-    from router_gemm_benchmark import accuracy
+    from router_gemm_benchmark import accuracy, report
     from tqdm import tqdm
 
     from sglang.srt.layers.moe_router.packages import first_line
 
     num_experts, hidden_size = results["num_experts"], results["hidden_size"]
     largest = max(results["num_tokens"])
-    rows = accuracy.make_inputs("random", largest, num_experts, hidden_size, device)
+    dtype = report.form_of(results).dtype
+    rows = accuracy.make_inputs("random", largest, num_experts, hidden_size, device, dtype)
     right: dict[int, list[Candidate]] = {each: [] for each in results["num_tokens"]}
     for candidate in tqdm(candidates, desc="accuracy", disable=None):
         provider, gemm = candidate
@@ -358,13 +401,14 @@ def time_all(
 ) -> None:
     """Times who was right, on one GPU and then on several at once."""
     import torch
+    from router_gemm_benchmark.report import form_of
     from router_gemm_benchmark.timing import Bench, Work, measure_ranks
 
     from sglang.srt.layers.moe_router.packages import first_line
 
-    num_experts, hidden_size = results["num_experts"], results["hidden_size"]
+    shape, form = (results["num_experts"], results["hidden_size"]), form_of(results)
     if 1 in tp_sizes:
-        bench = Bench(num_experts, hidden_size, results["rounds"], device)
+        bench = Bench(*shape, results["rounds"], device, form.dtype)
         results["copy_bandwidth_gb_s"] = bench.bandwidth
         results["producer"] = bench.producer_note
         print(f"copy bandwidth {bench.bandwidth:.0f} GB/s; producer: {bench.producer_note}")
@@ -375,7 +419,7 @@ def time_all(
         torch.cuda.empty_cache()
     gpus = torch.cuda.device_count()
     names = {m: [each.provider.name for each in here] for m, here in right.items()}
-    work = Work(names, num_experts, hidden_size, results["rounds"])
+    work = Work(names, *shape, results["rounds"], form)
     for tp_size in tp_sizes:
         if tp_size > gpus:
             reason = f"{gpus} GPU{'s' if gpus > 1 else ''} here"
@@ -402,14 +446,14 @@ def time_one_gpu(
 
     for num_tokens, candidates in tqdm(right.items(), desc="timing", disable=None):
         for mode in MODES:
-            if mode.produced and bench.producer is None:
+            if mode.name not in results["modes"] or (mode.produced and bench.producer is None):
                 continue
             timings, failures = bench.measure(candidates, num_tokens, mode)
             results["timings"] += map(asdict, timings)
             results["failures"] += map(asdict, failures)
             failed = {each.provider for each in failures}
             candidates = [each for each in candidates if each.provider.name not in failed]
-        for candidate in candidates:
+        for candidate in candidates if DO_BENCH in results["modes"] else ():
             try:
                 results["timings"].append(asdict(bench.do_bench(candidate, num_tokens)))
             except Exception as error:
@@ -436,13 +480,17 @@ def _finite(found: dict[str, object]) -> dict[str, object]:
 
 
 def _integer_in(what: str, first: int, last: int) -> Callable[[str], int]:
+    return _integer_of(what, range(first, last + 1), f"{first} to {last}")
+
+
+def _integer_of(what: str, values: Sequence[int], phrase: str) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
-            number = first - 1
-        if not first <= number <= last:
-            raise argparse.ArgumentTypeError(f"{what} is {text!r}, must be {first} to {last}")
+            number = values[0] - 1
+        if number not in values:
+            raise argparse.ArgumentTypeError(f"{what} is {text!r}, must be {phrase}")
         return number
 
     return parse

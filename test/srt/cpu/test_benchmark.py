@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +27,21 @@ sys.path.insert(0, str(FOLDER))  # as where the script is run as a file
 import benchmark_deepgemm_dsv3_router_gemm_blackwell as benchmark  # noqa: E402
 from router_gemm_benchmark import accuracy, providers, report, timing  # noqa: E402
 from router_gemm_benchmark.providers import (  # noqa: E402
+    BF16_LOGITS,
     CUBLAS,
+    FP32_LINEAR,
+    FP32_WEIGHT,
+    LINEAR,
+    PLAIN,
+    TF32_LINEAR,
+    WITH_BIAS,
+    Form,
     Gemm,
     Provider,
     Skip,
     all_providers,
     environment,
+    matmul_precision,
 )
 
 from sglang.srt.layers.moe_router.backends import BACKENDS, Backend  # noqa: E402
@@ -39,6 +51,15 @@ from sglang_router_gemm.routing import relative_error  # noqa: E402
 
 CPU = torch.device("cpu")
 N, K = 64, 512
+FORMS = {"plain": PLAIN, "fp32": FP32_WEIGHT, "bf16": BF16_LOGITS, "bias": WITH_BIAS}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# What runs on a CPU, too.
+ON_A_CPU = {
+    PLAIN: {"F.linear (bf16 out)", "ours: torch"},
+    FP32_WEIGHT: {FP32_LINEAR, TF32_LINEAR, "ours: torch"},
+    BF16_LOGITS: {LINEAR, "ours: torch"},
+    WITH_BIAS: {LINEAR, "ours: torch"},
+}
 
 
 def exact(
@@ -60,11 +81,19 @@ def provider(name: str, gemm: Gemm = exact, **fields: Any) -> Provider:
         (["--num-tokens", "0"], "'0', must be 1 to 128"),
         (["--num-tokens", "1", "129"], "'129', must be 1 to 128"),
         (["--num-tokens", "many"], "'many'"),
-        (["--num-experts", "100"], "100"),
-        (["--hidden-dim", "4352"], "4352"),
+        (["--num-experts", "100"], "N is '100', must be a multiple of 16 up to 1024"),
+        (["--num-experts", "1040"], "N is '1040', must be a multiple of 16 up to 1024"),
+        (["--hidden-dim", "2900"], "K is '2900', must be a multiple of 64 up to 8192"),
+        (["--hidden-dim", "0"], "K is '0', must be a multiple of 64 up to 8192"),
+        (["--hidden-dim", "wide"], "K is 'wide', must be"),
+        (["--weight", "fp16"], "'fp16'"),
+        (["--logits", "fp64"], "'fp64'"),
+        (["--bias"], "--bias: it needs --logits bf16"),
+        (["--bias", "--weight", "fp32"], "--bias: it needs --logits bf16"),
         (["--tp-sizes", "0"], "'0', must be 1 to 8"),
         (["--rounds", "-1"], "'-1'"),
         (["--providers", "nobody"], "'nobody'"),
+        (["--weight", "fp32", "--providers", "vLLM"], "'vllm'"),  # it has bf16 ones alone
         (["--csv"], "--csv: it needs --save-path"),
         (["--svg"], "--svg: it needs --save-path"),
         (["--from-json", "no_such_file.json"], "no_such_file.json"),
@@ -85,7 +114,7 @@ def test_the_help_fits_a_terminal(
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
     output = capsys.readouterr().out
-    assert "128, 160, 256, 384" in output
+    assert "a multiple of 16 up to 1024 (default: 256)" in " ".join(output.split())
     assert max(map(len, output.splitlines())) <= 80
 
 
@@ -134,14 +163,165 @@ def test_the_provider_filter_takes_words() -> None:
 # Providers
 
 
-def test_without_a_gpu_every_kernel_is_skipped_with_a_reason() -> None:
-    there = ("F.linear (bf16 out)", "ours: torch")
-    for each in all_providers(256, 7168, CPU):
-        if each.name in there:
+def _names(form: Form, num_experts: int = N, hidden_size: int = K) -> list[str]:
+    return [each.name for each in all_providers(num_experts, hidden_size, CPU, form)]
+
+
+@every_form
+def test_without_a_gpu_every_kernel_is_skipped_with_a_reason(form: Form) -> None:
+    for each in all_providers(256, 7168, CPU, form):
+        if each.name in ON_A_CPU[form]:
             each.build()
         else:
             with pytest.raises(Skip, match=r"no CUDA device|device is cpu"):
                 each.build()
+
+
+OURS = [f"ours: {name}" for name in BACKENDS]
+
+
+def test_each_form_has_the_peers_that_serve_it() -> None:
+    assert _names(PLAIN, 128, 7168) == [
+        *("FlashInfer (bf16 out)", "FlashInfer tinygemm (bf16 out)", "sgl_kernel", "SGLang dsv3"),
+        *("SGLang tiny_gemm", "SGLang MoEGate", "vLLM ll_bf16", CUBLAS, "F.linear (bf16 out)"),
+        *OURS,
+    ]
+    assert _names(FP32_WEIGHT, 128, 7168) == [
+        *("SGLang tiny_gemm", "SGLang MoEGate", "SGLang router_gemv", "SGLang router_gate_matvec"),
+        *("SGLang bf16x3", FP32_LINEAR, TF32_LINEAR, *OURS),
+    ]
+    linear = ["FlashInfer tinygemm", "SGLang tiny_gemm", LINEAR, *OURS]
+    assert _names(BF16_LOGITS) == linear
+    assert _names(BF16_LOGITS, 128, 7168) == ["FlashInfer", *linear]
+    assert _names(WITH_BIAS, 128, 7168) == ["FlashInfer tinygemm", LINEAR, *OURS]
+
+
+@every_form
+def test_a_provider_has_the_form_it_was_asked_for(form: Form) -> None:
+    for each in all_providers(N, K, CPU, form):
+        assert each.dtype == form.dtype
+        assert (each.bias is not None) == form.bias
+        assert each.output == form.logits_dtype or (form == PLAIN and "bf16 out" in each.name)
+        assert each.tf32 == (each.name == TF32_LINEAR)
+
+
+def _tiny_gemm(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, max_m: int
+) -> torch.Tensor:
+    """As SGLang's."""
+    return exact(hidden_states, weight, out, True)
+
+
+def _tinygemm(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    use_pdl: bool = False,
+) -> None:
+    """As FlashInfer's: all in bf16, and it returns nothing."""
+    assert weight.dtype == out.dtype == torch.bfloat16
+    out.copy_(accuracy.reference(hidden_states, weight, bias))
+
+
+def _fp32_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return accuracy.reference(hidden_states, weight).float()
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "tinygemm_bf16": _tinygemm,
+    "tiny_gemm_bf16": _tiny_gemm,
+    "router_gemv": _fp32_logits,
+    "router_gate_matvec": _fp32_logits,
+    "router_gemm_bf16x3_cublas": _fp32_logits,
+}
+
+
+@pytest.mark.parametrize(
+    "form", [FP32_WEIGHT, BF16_LOGITS, WITH_BIAS], ids=["fp32", "bf16", "bias"]
+)
+def test_a_peer_is_called_as_its_library_wants_it(
+    form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "_kernel", lambda device, *places: KERNELS[places[0][1]])
+    monkeypatch.setattr(providers, "_declared", lambda kernel, device: None)
+    torch.manual_seed(0)  # F.linear's bf16 logits are nearly off on a CPU
+    for each in all_providers(N, K, CPU, form):
+        if each.name == "SGLang MoEGate" or (each.ours and each.name != "ours: torch"):
+            continue
+        with torch.no_grad():
+            found = accuracy.check(each, each.build(), 3, N, K, CPU)
+        assert found.failure is None, each.name
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "named"),
+    [
+        ("flashinfer.gemm", "tinygemm_bf16", ["use_pdl"]),
+        ("sglang.kernels.ops.gemm.tiny_gemm", "tiny_gemm_bf16", ["max_m"]),
+        ("sglang.kernels.ops.gemm.router_gemv", "router_gemv", []),
+        ("sglang.kernels.ops.gemm.router_gemv", "router_gemm_bf16x3_cublas", []),
+        ("sglang.kernels.ops.gemm.router_gate_matvec", "router_gate_matvec", []),
+    ],
+)
+def test_a_stand_in_has_its_librarys_signature(module: str, name: str, named: list[str]) -> None:
+    theirs = inspect.signature(getattr(importlib.import_module(module), name))
+    taken = len(inspect.signature(KERNELS[name]).parameters) - len(named)
+    theirs.bind(*range(taken), **dict.fromkeys(named))
+
+
+def test_what_a_peer_does_not_serve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "_kernel", lambda device, *places: KERNELS[places[0][1]])
+
+    def find(name: str, num_experts: int, hidden_size: int) -> Provider:
+        found = all_providers(num_experts, hidden_size, CPU, FP32_WEIGHT)
+        return next(each for each in found if each.name == f"SGLang {name}")
+
+    with pytest.raises(Skip, match="K % 128 = 0"):
+        find("router_gemv", 128, 2880).build()
+    with pytest.raises(Skip, match="N < K only"):
+        find("tiny_gemm", 512, 512).build()
+    for name in ("router_gemv", "router_gate_matvec"):
+        assert find(name, N, K).supports(8) is None
+        assert find(name, N, K).supports(9) == "M is 9, must be 1 to 8"
+
+
+def test_moegate_is_built_with_the_weights_that_it_is_timed_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang_router_gemm import check
+
+    monkeypatch.setattr(providers, "_need_cuda", lambda device: None)
+    gate = next(each for each in all_providers(N, K, CPU, FP32_WEIGHT) if "MoEGate" in each.name)
+    with torch.no_grad():
+        assert accuracy.check(gate, gate.build(), 3, N, K, CPU).failure is None
+    older = check.sglang_gate(CPU, N, K)
+    monkeypatch.setattr(check, "sglang_gate", lambda *args: older)
+    with pytest.raises(Skip, match=r"this release keeps the weight in torch\.bfloat16"):
+        gate.build()
+
+
+@pytest.mark.parametrize(("name", "precision"), [(FP32_LINEAR, "highest"), (TF32_LINEAR, "high")])
+def test_the_precision_is_set_around_a_call_alone(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.get_float32_matmul_precision(), hidden_states.dtype, weight.dtype))
+        raise ZeroDivisionError
+
+    peers = {each.name: each for each in all_providers(N, K, CPU, FP32_WEIGHT)}
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    hidden_states, weight = accuracy.make_inputs("random", 1, N, K, CPU, torch.float32)
+    gemm = peers[name].build()
+    for before in ("highest", "medium"):
+        with matmul_precision(before):
+            with pytest.raises(ZeroDivisionError):
+                gemm(hidden_states, weight, torch.zeros(1, N), True)
+            assert torch.get_float32_matmul_precision() == before
+    assert seen == [(precision, torch.float32, torch.float32)] * 2
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_later_backend_appears_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +334,10 @@ def test_a_later_backend_appears_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
     assert own == {"ours: cluster", "ours: later"}
 
 
-def test_names_are_told_apart_at_every_shape() -> None:
+@every_form
+def test_names_are_told_apart_at_every_shape(form: Form) -> None:
     for model in MODELS:
-        names = [each.name for each in all_providers(model.num_experts, model.hidden_size, CPU)]
+        names = _names(form, model.num_experts, model.hidden_size)
         assert len(names) == len(set(names))
 
 
@@ -171,8 +352,8 @@ def _spied_plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool
     """What each plan of ours is made for from now on: the backend, and whether with PDL."""
     made = []
 
-    def make(weight: torch.Tensor, requested: str | None = None) -> Plan:
-        plan = make_plan(weight, requested)
+    def make(weight: torch.Tensor, requested: str | None = None, **gate: Any) -> Plan:
+        plan = make_plan(weight, requested, **gate)
         made.append((requested, plan.pdl))
         return plan
 
@@ -180,15 +361,15 @@ def _spied_plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, bool
     return made
 
 
-def _ours(name: str) -> Provider:
-    return next(each for each in all_providers(N, K, CPU) if each.name == f"ours: {name}")
+def _ours(name: str, form: Form = PLAIN) -> Provider:
+    return next(each for each in all_providers(N, K, CPU, form) if each.name == f"ours: {name}")
 
 
 def test_our_backend_is_planned_with_pdl_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     made = _spied_plans(monkeypatch)
     used = []
 
-    def logits(plan: Plan, *args: torch.Tensor) -> torch.Tensor:
+    def logits(plan: Plan, *args: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         used.append((plan.requested, plan.pdl))
         return torch.zeros(1, N)
 
@@ -214,6 +395,21 @@ def test_a_call_that_our_plan_leaves_to_sglang_is_an_error() -> None:
     gemm = _ours("torch").build()
     with pytest.raises(RuntimeError, match=r"did not take torch: hidden_states is torch\.float32"):
         gemm(torch.zeros(1, K), torch.zeros(N, K, dtype=torch.bfloat16), torch.zeros(1, N), True)
+
+
+@every_form
+def test_our_plan_is_of_the_form(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = _ours("torch", form)
+    made = []
+
+    def make(weight: torch.Tensor, requested: str, **gate: Any) -> Plan:
+        made.append(gate)
+        return make_plan(weight, requested, **gate)
+
+    monkeypatch.setattr(providers, "make_plan", make)
+    with torch.no_grad():
+        assert accuracy.check(ours, ours.build(), 3, N, K, CPU).failure is None
+    assert made == [{"logits_dtype": form.logits_dtype, "bias": ours.bias}] * 2
 
 
 def test_what_cannot_be_served_says_so() -> None:
@@ -329,6 +525,62 @@ def test_bf16_logits_pass_as_bf16_only() -> None:
     assert 0.5 < found.top8_agreement < 1.0
 
 
+def rounded_to(bits: int) -> Gemm:
+    """A GEMM that keeps so many bits of a weight's mantissa, and cuts the rest off."""
+
+    def gemm(
+        hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        kept = weight.view(torch.int32) >> (23 - bits) << (23 - bits)
+        return exact(hidden_states, kept.view(torch.float32), out, pdl)
+
+    return gemm
+
+
+@pytest.mark.parametrize(
+    ("bits", "tf32", "right"), [(23, False, True), (10, False, False), (10, True, True)]
+)
+def test_tf32_passes_as_tf32_only(bits: int, tf32: bool, right: bool) -> None:
+    it = provider("it", dtype=torch.float32, tf32=tf32)
+    assert (accuracy.check(it, rounded_to(bits), 4, N, K, CPU).failure is None) == right
+
+
+def test_a_weight_that_was_rounded_to_bf16_is_caught() -> None:
+    for tf32 in (False, True):
+        it = provider("it", dtype=torch.float32, tf32=tf32)
+        found = accuracy.check(it, rounded_to(7), 4, N, K, CPU)
+        assert "on random inputs" in str(found.failure)
+
+
+def with_bias(bias: torch.Tensor, scale: float = 1.0) -> Gemm:
+    def gemm(
+        hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        return out.copy_(accuracy.reference(hidden_states, weight, scale * bias))
+
+    return gemm
+
+
+def test_a_bias_must_be_added() -> None:
+    bias = torch.randn(N, dtype=torch.bfloat16)
+    it = provider("it", bias=bias, output=torch.bfloat16)
+    found = accuracy.check(it, with_bias(bias), 4, N, K, CPU)
+    assert found.failure is None
+    assert max(found.scaled.values()) < 2**-8
+    assert found.top8_agreement is not None
+    assert found.top8_agreement > 0.5
+    for wrong in (exact, with_bias(bias, 0.9), with_bias(bias.roll(1))):
+        assert "on random inputs" in str(accuracy.check(it, wrong, 4, N, K, CPU).failure)
+    assert accuracy.check(provider("it"), with_bias(bias), 4, N, K, CPU).failure is not None
+
+
+@pytest.mark.parametrize("kind", accuracy.KINDS)
+def test_fp32_weights_are_not_bf16_ones_in_fp32(kind: str) -> None:
+    hidden_states, weight = accuracy.make_inputs(kind, 4, N, K, CPU, torch.float32)
+    assert (hidden_states.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
+    assert (weight != weight.bfloat16()).double().mean() > 0.9
+
+
 def test_the_hard_inputs_are_hard() -> None:
     rows, _ = accuracy.make_inputs("scale", 16, N, K, CPU)
     assert rows.double().norm(dim=1).max() / rows.double().norm(dim=1).min() > 2**50
@@ -359,9 +611,14 @@ def test_bits_that_depend_on_m_are_seen() -> None:
 
 def test_bytes_and_floor() -> None:
     weight, tokens, logits = 256 * 7168 * 2, 16 * 7168 * 2, 16 * 256 * 4
-    moved = timing.bytes_moved(16, 256, 7168, torch.float32)
+    moved = timing.bytes_moved(provider("it"), 16, 256, 7168)
     assert moved == weight + tokens + logits == 3_915_776
-    assert timing.bytes_moved(16, 256, 7168, torch.bfloat16) == moved - logits // 2
+    bf16 = provider("it", output=torch.bfloat16)
+    assert timing.bytes_moved(bf16, 16, 256, 7168) == moved - logits // 2
+    biased = replace(bf16, bias=torch.zeros(256, dtype=torch.bfloat16))
+    assert timing.bytes_moved(biased, 16, 256, 7168) == moved - logits // 2 + 512
+    fp32 = provider("it", dtype=torch.float32)
+    assert timing.bytes_moved(fp32, 16, 256, 7168) == moved + weight
     found = timing.make_timing(provider("it"), "cold", 16, 256, 7168, (2.0, 2.5, 3.0), 3000.0)
     assert found.floor_us == pytest.approx(1.3053, abs=1e-4)
     assert found.gb_s == pytest.approx(1566.3, abs=0.1)
@@ -481,8 +738,10 @@ def on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def _run(providers: list[Provider], save_path: Path | None = None) -> tuple[int, dict[str, Any]]:
-    arguments = benchmark.build_parser().parse_args([])
+def _run(
+    providers: list[Provider], save_path: Path | None = None, argv: Sequence[str] = ()
+) -> tuple[int, dict[str, Any]]:
+    arguments = benchmark.build_parser().parse_args(argv)
     arguments.num_experts, arguments.hidden_dim = N, K
     results = benchmark.empty_results(arguments, [1, 3], 4, "a test")
     results["gpu"] = "NVIDIA H100 80GB HBM3"
@@ -557,6 +816,91 @@ def test_a_run_marks_what_fails_and_times_the_rest(
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"{stem}{end}" for end in (".json", "_chain.png", "_speedup.png")}
     assert json.loads((tmp_path / f"{stem}.json").read_text()) == results
+
+
+def in_place(one: Provider) -> Provider:
+    """The same, but that its logits are where they were before: a stand-in's replay calls again."""
+
+    def make() -> Gemm:
+        gemm = one.build()
+        return lambda h, weight, out, pdl: out.copy_(gemm(h, weight, out, pdl))
+
+    return replace(one, make=make)
+
+
+class _NoBiasInTheGraph:
+    """It adds its bias when it is called by hand."""
+
+    def __init__(self, bias: torch.Tensor) -> None:
+        self.bias = bias
+
+    def __call__(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+    ) -> torch.Tensor:
+        captured = sys._getframe(1).f_code.co_name == "calls"
+        bias = None if captured else self.bias
+        return out.copy_(accuracy.reference(hidden_states, weight, bias))
+
+
+ARGUMENTS = {
+    FP32_WEIGHT: ("_fp32", ["--weight", "fp32"]),
+    BF16_LOGITS: ("_bf16_logits", ["--logits", "bf16"]),
+    WITH_BIAS: ("_bf16_logits_bias", ["--logits", "bf16", "--bias"]),
+}
+
+
+@pytest.mark.usefixtures("on_a_stand_in")
+@pytest.mark.parametrize("form", ARGUMENTS, ids=["fp32", "bf16", "bias"])
+def test_a_run_of_another_form(form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+    real = timing.Bench.measure
+
+    def measure(self: timing.Bench, *rest: Any) -> Any:
+        used.add(self.weights.dtype)
+        return real(self, *rest)
+
+    monkeypatch.setattr(timing.Bench, "measure", measure)
+    torch.manual_seed(0)  # F.linear's bf16 logits are nearly off on a CPU
+    suffix, argv = ARGUMENTS[form]
+    found = [in_place(each) for each in all_providers(N, K, CPU, form)]
+    if form.bias:
+        gemm = _NoBiasInTheGraph(found[0].bias)
+        found.append(replace(found[0], name="forgets", make=lambda: gemm))
+    status, results = _run(found, tmp_path, argv)
+    assert (status, results["error"]) == (0, None)
+    assert used == {form.dtype}
+    timed = {each["provider"] for each in results["timings"] if each["mode"] == "chain"}
+    assert timed == ON_A_CPU[form]
+    assert {each["mode"] for each in results["timings"]} == set(timing.MODE_NAMES)
+    failed = {each["provider"] for each in results["failures"]}
+    assert failed == ({"forgets"} if form.bias else set())
+    assert report.form_of(results) == form
+    tf32 = [each["name"] for each in results["providers"] if "tf32" in each]
+    assert tf32 == ([TF32_LINEAR] if form == FP32_WEIGHT else [])
+    stem = f"h100_n{N}_k{K}{suffix}"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{stem}{end}" for end in (".json", "_chain.png", "_speedup.png")}
+    assert json.loads((tmp_path / f"{stem}.json").read_text()) == results
+
+
+def test_every_rank_measures_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    class Bench:
+        producer = None
+
+        def __init__(self, *given: Any) -> None:
+            self.dtype = given[-1]
+
+        def measure(self, ready: Any, *rest: Any) -> Any:
+            used.append(({each.provider.name for each in ready}, self.dtype))
+            return [], []
+
+    monkeypatch.setattr(timing, "Bench", Bench)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    work = timing.Work({1: [TF32_LINEAR]}, N, K, 3, FP32_WEIGHT)
+    timing._time_rank(cast("Any", threading.Barrier(1)), 0, work)
+    assert used == [({TF32_LINEAR}, torch.float32)] * 3
 
 
 @pytest.mark.usefixtures("on_a_stand_in")
@@ -638,6 +982,50 @@ def results() -> dict[str, Any]:
 )
 def test_files_are_named_after_the_gpu(gpu: str, shape: tuple[int, int], stem: str) -> None:
     assert report.file_stem(gpu, *shape) == stem
+    for form, (suffix, _) in ARGUMENTS.items():
+        assert report.file_stem(gpu, *shape, form) == stem + suffix
+
+
+@pytest.fixture
+def older(results: dict[str, Any]) -> dict[str, Any]:
+    """A file from before there were forms."""
+    return {key: each for key, each in results.items() if key not in ("weight", "logits", "bias")}
+
+
+def test_an_older_file_is_of_the_plain_form(
+    results: dict[str, Any], older: dict[str, Any], tmp_path: Path
+) -> None:
+    assert len(older) == len(results) - 3
+    assert report.form_of(results) == report.form_of(older) == PLAIN
+    assert report.summary(older) == report.summary(results)
+    assert [path.name for path in report.save_plots(older, tmp_path)] == [
+        "h100_chain.png",
+        "h100_speedup.png",
+    ]
+
+
+def test_what_is_held_to_tf32_says_so(results: dict[str, Any]) -> None:
+    said = "FlashInfer: right to TF32's 10 bits, within 1e-03 of fp64"
+    assert said not in report.accuracy_table(results)
+    results["providers"][0]["tf32"] = True
+    assert said in report.accuracy_table(results)
+
+
+@pytest.mark.parametrize(
+    ("form", "base", "said"),
+    [
+        ({"weight": "float32"}, FP32_LINEAR, "fp32 weight; lower"),
+        ({"logits": "bfloat16"}, LINEAR, "bf16 inputs, bf16 logits; lower"),
+        ({"logits": "bfloat16", "bias": True}, LINEAR, "bf16 inputs, bf16 logits, bias; lower"),
+    ],
+)
+def test_a_plot_says_the_form_and_who_is_1(
+    results: dict[str, Any], tmp_path: Path, form: dict[str, Any], base: str, said: str
+) -> None:
+    renamed = json.loads(json.dumps(results).replace(CUBLAS, base)) | form
+    plots = [path.with_suffix(".svg") for path in report.save_plots(renamed, tmp_path, svg=True)]
+    assert said in plots[0].read_text()
+    assert f"times as fast as {base}" in plots[-1].read_text()
 
 
 def test_csv(results: dict[str, Any], tmp_path: Path) -> None:
@@ -703,6 +1091,15 @@ def test_the_table_names_the_fastest_and_the_ratio(results: dict[str, Any]) -> N
     for each in results["providers"]:
         each["own_kernel"] = False
     assert "best peer" not in report.mode_table(results, "chain")
+
+
+def test_where_bf16_logits_are_asked_for_they_are_the_result(results: dict[str, Any]) -> None:
+    for each in results["providers"]:
+        each["output"] = "bfloat16"
+    results["logits"] = "bfloat16"
+    lines = report.mode_table(results, "chain", tablefmt="github").splitlines()
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells == ["16", "6.20", "7.20", "4.20", "3.00", "ours: cluster", "1.40"]
 
 
 def test_a_star_where_pdl_stays_on(results: dict[str, Any]) -> None:

@@ -176,7 +176,7 @@ def test_a_reason_stands_under_its_row(nvcc: Path) -> None:
     text = doctor.as_text(doctor.examine() | {"models": [_deepseek_v3()]})
     lines = text.splitlines()
     row = next(index for index, line in enumerate(lines) if line.startswith("DeepSeek-V3"))
-    assert lines[row].split() == ["DeepSeek-V3", "256", "x", "7168", "1-128", "cluster"]
+    assert lines[row].split() == ["DeepSeek-V3", "[256,", "7168]", "1-128", "cluster"]
     assert lines[row + 1].startswith("    builds with")
     assert str(nvcc) in "".join(lines[row + 1 : row + 3])
     assert "    auto takes cluster for M = 1 to 128" in lines

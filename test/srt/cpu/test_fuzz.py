@@ -30,8 +30,10 @@ TARGETS = st.builds(
     device=mostly("cuda", other=st.sampled_from(["cpu", "xpu", "meta"])).map(torch.device),
     sm=mostly(90, 100, 103, other=st.one_of(st.none(), st.integers(0, 200))),
     num_experts=mostly(256, 384, 160, 128, other=_around(1024, step=16)),
-    hidden_size=mostly(7168, 6144, 5120, other=_around(8192, step=64)),
-    dtype=mostly(torch.bfloat16, other=st.sampled_from(DTYPES)),
+    hidden_size=mostly(7168, 6144, 5120, 4096, 2880, other=_around(8192, step=64)),
+    dtype=mostly(torch.bfloat16, torch.float32, other=st.sampled_from(DTYPES)),
+    logits_dtype=mostly(torch.float32, torch.bfloat16, other=st.sampled_from(DTYPES)),
+    bias=mostly(False, other=st.just(True)),
 )
 UNAVAILABLE = st.fixed_dictionaries(
     dict.fromkeys(BACKENDS, mostly(None, other=st.just("not installed")))
@@ -41,11 +43,17 @@ UNAVAILABLE = st.fixed_dictionaries(
 def _serves(backend: str, target: Target, num_tokens: int) -> bool:
     """The rules of README.md's table, written once more and in another way."""
     m, n, k, dtype = num_tokens, target.num_experts, target.hidden_size, target.dtype
+    logits = target.logits_dtype
     if backend == "torch":
-        return target.device.type in ("cuda", "cpu") and dtype.itemsize in (2, 4)
+        floats = dtype.itemsize in (2, 4) and logits.itemsize in (2, 4)
+        return target.device.type in ("cuda", "cpu") and floats
     if target.device.type != "cuda" or target.sm is None or target.sm < 90:
         return False
     if dtype != torch.bfloat16 and (backend, dtype) != ("cluster", torch.float32):
+        return False
+    if logits != torch.float32 and (backend, logits) != ("cluster", torch.bfloat16):
+        return False
+    if target.bias and backend != "cluster":
         return False
     if backend == "cluster":
         return n % 16 == 0 and 0 < n <= 1024 and k % 64 == 0 and 0 < k <= 8192 and m <= 128
@@ -56,8 +64,24 @@ def _serves(backend: str, target: Target, num_tokens: int) -> bool:
 def _auto_takes(target: Target, num_tokens: int) -> str | None:
     """Whom `auto` takes, by README.md's table, written once more and in another way."""
     shape, m = (target.num_experts, target.hidden_size), num_tokens
-    if target.dtype != torch.bfloat16:
-        return None
+    if target[4:] != (torch.bfloat16, torch.float32, False):
+        others = {
+            (torch.float32, torch.float32, False): [
+                (160, 5120),
+                (128, 4096),
+                (256, 3072),
+                (256, 4096),
+            ],
+            (torch.bfloat16, torch.bfloat16, False): [
+                (128, 4096),
+                (128, 2048),
+                (512, 2048),
+                (256, 2304),
+            ],
+            (torch.bfloat16, torch.bfloat16, True): [(128, 2880)],
+        }
+        known = shape in others.get(target[4:], ())
+        return "cluster" if target.sm == 90 and known and 1 <= m <= 128 else None
     if target.sm == 90:
         last = 128 if shape == (256, 7168) else 16
         first = {(160, 5120): 2, (128, 7168): 4}.get(shape, 1)

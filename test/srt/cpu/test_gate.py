@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sglang.srt.layers.moe_router import backends, flashinfer_router_gemm, packages, plan
 from sglang.srt.layers.moe_router.backends import BACKENDS, find_kernel
-from sglang.srt.layers.moe_router.kernel import Run
+from sglang.srt.layers.moe_router.kernel import Run, Target
 from sglang.srt.models.deepseek_v2_gate import DeepseekV2Gate, plan_gate, router_logits
 from sglang_router_gemm.check import TOLERANCE, check_gate, sglang_gate
 from sglang_router_gemm.check import deepseek_v2_gate as build_deepseek_v2_gate
@@ -51,8 +51,10 @@ def _not_called(*arguments: object) -> torch.Tensor:
     raise AssertionError("a kernel ran in a trace")
 
 
-def _mark_loaded(backend: str, *shape: int, kernel: Run | str = _not_called) -> None:
-    key = backend, GPU, torch.bfloat16, *(shape or (256, 7168))
+def _mark_loaded(
+    backend: str, num_experts: int = 256, hidden_size: int = 7168, kernel: Run | str = _not_called
+) -> None:
+    key = backends._key(BACKENDS[backend], Target(GPU, None, num_experts, hidden_size))
     backends._loaded[key] = kernel
 
 
@@ -153,7 +155,7 @@ def test_a_package_that_is_absent_or_broken(
 
 def test_a_kernel_that_was_not_loaded_is_unavailable() -> None:
     for name in ("cluster", "flashinfer", "sgl_kernel"):
-        reason = find_kernel(BACKENDS[name], torch.device("cuda", 7), torch.bfloat16, 256, 7168)
+        reason = find_kernel(BACKENDS[name], Target(torch.device("cuda", 7), 90, 256, 7168))
         assert reason == "its kernel was not loaded with the model"
 
 
@@ -444,7 +446,7 @@ def test_a_kernel_that_does_not_load_warns_once_and_never_raises(
         assert _plan_on_gpu("auto", monkeypatch).run is None
     (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "install the CUDA toolkit" in said
-    assert isinstance(find_kernel(BACKENDS["flashinfer"], GPU, torch.bfloat16, 256, 7168), str)
+    assert isinstance(find_kernel(BACKENDS["flashinfer"], Target(GPU, 100, 256, 7168)), str)
 
 
 def test_the_log_says_what_serves_which_m(

@@ -186,28 +186,36 @@ def test_it_is_there_once_and_a_reload_takes_it_off(fork_python: Callable[..., s
 
 
 PLAIN = """
-import importlib, logging, types
+import importlib, inspect, logging, types
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 from gates import build_gate
 import torch
 build_gate()
 module = importlib.import_module("sglang.srt.models.{module}")
 from sglang.srt.models.deepseek_v2_gate import router_logits
-config = types.SimpleNamespace(n_routed_experts=32, hidden_size=64, topk_method="noaux_tc")
-gate = module.{name}(config, None).requires_grad_(False)
+counts = dict.fromkeys(("n_routed_experts", "num_experts", "moe_num_experts"), 32)
+given = {{"config": types.SimpleNamespace(**counts, hidden_size=64, topk_method="noaux_tc")}}
+if "quant_config" in inspect.signature(module.{name}.__init__).parameters:
+    given["quant_config"] = None
+torch.set_default_dtype(torch.bfloat16)
+gate = module.{name}(**given).requires_grad_(False)
+torch.set_default_dtype(torch.float32)
 torch.nn.init.normal_(gate.weight)
 hidden_states = torch.randn(5, 64, dtype=torch.bfloat16)
 with torch.no_grad():
     logits, ours = gate(hidden_states), router_logits(gate, hidden_states)
     own = type(gate).forward.__wrapped__(gate, hidden_states)
-assert logits.dtype == own.dtype == torch.float32
-print(gate.weight.dtype, torch.equal(logits, own if ours is None else ours), ours is not None)
+assert logits.dtype == own.dtype
+print(gate.weight.dtype, logits.dtype, ours is not None)
+assert torch.equal(logits, own if ours is None else ours)
 torch.testing.assert_close(logits, own)
 """
 
 
 @pytest.mark.parametrize(("backend", "served"), [("torch", True), ("auto", False)])
-@pytest.mark.parametrize("gate", GATES, ids=lambda gate: f"{gate.module}.{gate.name}")
+@pytest.mark.parametrize(
+    "gate", [each for each in GATES if each.linear is None], ids=lambda gate: gate.module
+)
 def test_gates_of_other_models(
     gate: Gate, backend: str, served: bool, fork_python: Callable[..., str]
 ) -> None:
@@ -215,7 +223,63 @@ def test_gates_of_other_models(
     said = fork_python(code, SGLANG_ROUTER_GEMM_BACKEND=backend)
     assert said.count(f"sglang.srt.models.{gate.module}.{gate.name} is hooked.") == 1
     assert "WARNING Router" not in said
-    assert said.splitlines()[-1] == f"torch.float32 True {served}"
+    weight, logits, ours = said.splitlines()[-1].split()
+    assert logits == str(gate.logits_dtype or weight)
+    assert ours == str(served)
+
+
+LINEAR = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+import torch
+import sglang_router_gemm
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import blocks
+from sglang.srt.layers.moe_router.models import GATES
+gate = next(each for each in GATES if each.module == "{module}")
+class Stop(Exception): pass
+def record(linear, given):
+    print("GIVEN", given[0].dtype)
+    raise Stop
+with blocks.one_rank("cpu"), torch.no_grad():
+    block, linear = blocks.build(gate, 32, 128)
+    hidden_states = torch.randn(5, 128, dtype=torch.bfloat16)
+    served = linear.router_plan.decision.backend is not None
+    logits, _ = linear(hidden_states if served else hidden_states.to(linear.weight.dtype))
+    own_class = next(each for each in type(linear).__mro__ if "own_logits" not in vars(each))
+    own, _ = own_class.forward(linear, hidden_states.to(linear.weight.dtype))
+    assert torch.equal(logits, own) and logits.dtype == own.dtype
+    linear.register_forward_pre_hook(record)
+    for method in gate.casting:
+        arguments = [hidden_states, None][: 2 if method == "forward_deepep" else 1]
+        if method == "_forward_dual_stream":
+            continue  # it needs a GPU
+        try:
+            getattr(block, method)(*arguments)
+        except Stop:
+            pass
+print(linear.weight.dtype, logits.dtype, linear.bias is not None, served)
+"""
+
+
+@pytest.mark.parametrize(("backend", "served"), [("torch", True), ("auto", False)])
+@pytest.mark.parametrize(
+    "gate", [each for each in GATES if each.linear is not None], ids=lambda gate: gate.module
+)
+def test_gates_that_are_linear_layers(
+    gate: Gate, backend: str, served: bool, fork_python: Callable[..., str]
+) -> None:
+    code = LINEAR.format(module=gate.module)
+    said = fork_python(code, SGLANG_ROUTER_GEMM_BACKEND=backend)
+    assert said.count(f"sglang.srt.models.{gate.module}.{gate.name} is hooked.") == 1
+    assert "WARNING Router" not in said
+    dtype = "torch.float32" if gate.casting else "torch.bfloat16"
+    bias = gate.module == "gpt_oss"
+    assert said.splitlines()[-1] == f"{dtype} {dtype} {bias} {served}"
+    given = "GIVEN torch.bfloat16" if served else "GIVEN torch.float32"
+    seen = [line for line in said.splitlines() if line.startswith("GIVEN")]
+    assert set(seen) == ({given} if gate.casting else set())
 
 
 OTHER_FORWARD = """
@@ -226,8 +290,10 @@ glm.Glm4MoeGate.forward = lambda self, hidden_states, scale: None
 from sglang_router_gemm import hooks
 import logging
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-hooks.patch_plain_gate("Glm4MoeGate", glm)
-hooks.patch_plain_gate("NotThere", glm)
+from sglang.srt.layers.moe_router.models import Gate
+hooks.patch_plain_gate(Gate("glm4_moe", "Glm4MoeGate"), glm)
+hooks.patch_plain_gate(Gate("glm4_moe", "NotThere"), glm)
+hooks.patch_linear_gate(Gate("glm4_moe", "NotThere", "gate"), glm)
 print(hasattr(glm.Glm4MoeGate, "router_plan"))
 """
 

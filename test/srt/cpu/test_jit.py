@@ -409,9 +409,7 @@ def test_a_kernel_that_does_not_load_is_unavailable_and_nothing_tries_again(
     target = Target(torch.device("cuda", 0), 90, 256, 7168)
     for _ in range(3):
         reason = backends.load_kernel(cluster_backend, target)
-        assert reason == backends.find_kernel(
-            cluster_backend, target.device, torch.bfloat16, 256, 7168
-        )
+        assert reason == backends.find_kernel(cluster_backend, target)
         assert isinstance(reason, str)
         assert "exits with 1" in reason
     assert (tmp_path / COUNT).read_text() == "x\n"

@@ -71,7 +71,7 @@ def test_a_hint_fits_its_reason(name: str, error: Exception, hinted: bool) -> No
 
 def test_wrong_numbers_are_said_without_a_hint() -> None:
     def load(target: Target) -> Loaded:
-        return lambda hidden_states, weight, logits, pdl: logits.zero_(), (1, 4)
+        return lambda hidden_states, weight, logits, pdl, bias=None: logits.zero_(), (1, 4)
 
     kernel = dataclasses.replace(_loading("flashinfer", load), guards_device=True)
     reason = load_kernel(kernel, TARGET)
@@ -92,7 +92,11 @@ def test_a_load_sees_and_changes_nothing_of_the_callers() -> None:
         )
 
         def run(
-            hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+            hidden_states: torch.Tensor,
+            weight: torch.Tensor,
+            logits: torch.Tensor,
+            pdl: bool,
+            bias: torch.Tensor | None = None,
         ) -> torch.Tensor:
             return logits.copy_(hidden_states.double() @ weight.double().t())
 

@@ -22,12 +22,13 @@ def test_schema() -> None:
         "sglang::flashinfer_dsv3_router_gemm_out("
         "Tensor(a0!) logits, Tensor hidden_states, Tensor weight) -> ()"
     )
-    assert str(SGL_KERNEL_OP._schema) == (
-        "sglang::sgl_kernel_dsv3_router_gemm(Tensor hidden_states, Tensor weight) -> Tensor"
+    # 6 is fp32.
+    returning = (
+        "Tensor hidden_states, Tensor weight, Tensor? bias=None, ScalarType logits_dtype=6)"
+        " -> Tensor"
     )
-    assert str(CLUSTER_OP._schema) == (
-        "sglang::cluster_router_gemm(Tensor hidden_states, Tensor weight) -> Tensor"
-    )
+    assert str(SGL_KERNEL_OP._schema) == (f"sglang::sgl_kernel_dsv3_router_gemm({returning}")
+    assert str(CLUSTER_OP._schema) == f"sglang::cluster_router_gemm({returning}"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 17])

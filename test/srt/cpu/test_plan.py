@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -82,11 +83,18 @@ def test_auto_leaves_other_shapes_to_sglang() -> None:
     decision = decided("auto", HOPPER._replace(num_experts=64))
     assert served(decision) == NOBODY
     assert decision.reason == (
-        "N, K is 64, 7168, auto takes 256, 7168 or 384, 7168 or 128, 7168 or 256, 6144 or "
-        "160, 5120 on SM 90"
+        "the gate is [64, 7168], auto takes [256, 7168] or [384, 7168] or [128, 7168] or "
+        "[256, 6144] or [160, 5120] on SM 90"
     )
+    other = HOPPER._replace(logits_dtype=torch.bfloat16, bias=True)
+    assert decided("auto", other).reason == (
+        "the gate is [256, 7168] with a bias, bfloat16 logits, auto takes [128, 2880] with a bias, "
+        "bfloat16 logits on SM 90"
+    )
+    other = HOPPER._replace(dtype=torch.float32, logits_dtype=torch.bfloat16)
+    assert decided("auto", other).reason.endswith(", auto takes none like it on SM 90")
     assert decided("auto", BLACKWELL._replace(num_experts=384)).reason == (
-        "N, K is 384, 7168, auto takes 256, 7168 on SM 100"
+        "the gate is [384, 7168], auto takes [256, 7168] on SM 100"
     )
 
 
@@ -115,7 +123,7 @@ def test_a_cpu_is_left_to_sglang(requested: str) -> None:
     ],
 )
 def test_a_forced_backend_refuses_a_weight(
-    requested: str, change: dict[str, int | None], reason: str
+    requested: str, change: dict[str, Any], reason: str
 ) -> None:
     decision = decided(requested, HOPPER._replace(**change))
     assert served(decision) == NOBODY
@@ -127,7 +135,7 @@ def test_a_forced_backend_refuses_a_weight(
 def test_fp32_weights_are_left_to_sglang(requested: str) -> None:
     decision = decided(requested, HOPPER._replace(dtype=torch.float32))
     assert served(decision) == NOBODY
-    assert "weight is torch.float32, " in decision.reason
+    assert "float32, " in decision.reason
 
 
 def test_cluster_takes_fp32_weights_and_no_other_dtype() -> None:
@@ -175,6 +183,23 @@ def test_torch_serves_every_matrix_of_16_or_32_bits(target: Target) -> None:
     assert served(decided("torch", target._replace(dtype=torch.float64))) == NOBODY
 
 
+@pytest.mark.parametrize(
+    ("requested", "change", "reason"),
+    [
+        ("flashinfer", {"logits_dtype": torch.bfloat16}, "logits are torch.bfloat16, must be"),
+        ("sgl_kernel", {"bias": True}, "the gate has a bias, must have none"),
+        ("cluster", {"logits_dtype": torch.float16}, "logits are torch.float16, must be"),
+        ("cluster", {"logits_dtype": torch.bfloat16, "bias": True}, None),
+        ("cluster", {"dtype": torch.float32, "logits_dtype": torch.bfloat16}, None),
+        ("torch", {"logits_dtype": torch.bfloat16, "bias": True}, None),
+    ],
+)
+def test_what_a_backend_gives(requested: str, change: dict[str, Any], reason: str | None) -> None:
+    decision = decided(requested, HOPPER._replace(**change))
+    assert (served(decision) == NOBODY) == (reason is not None)
+    assert reason is None or decision.reason.startswith(reason)
+
+
 @pytest.mark.parametrize("requested", CHOICES)
 def test_one_backend_at_most_is_asked_whether_it_is_there(requested: str) -> None:
     """Asking loads it: a kernel that will not be called must not be built."""
@@ -198,14 +223,14 @@ def test_the_ranges_as_text() -> None:
 
 
 def test_the_table_of_models_is_one() -> None:
-    """A shape stands once, and `auto` takes no more than the backend's rule allows."""
-    weights = [(model.num_experts, model.hidden_size, model.dtype) for model in MODELS]
-    assert len(set(weights)) == len(weights)
+    """A gate stands once, and `auto` takes no more than the backend's rule allows."""
+    gates = [model.gate for model in MODELS]
+    assert len(set(gates)) == len(gates)
     for model in MODELS:
-        assert find_model(model.num_experts, model.hidden_size, model.dtype) is model
+        assert find_model(*model.gate) is model
         for sm, auto in model.auto.items():
             rule = BACKENDS[auto.backend].rule
-            target = Target(GPU, sm, model.num_experts, model.hidden_size, model.dtype)
+            target = Target(GPU, sm, *model.gate)
             assert rule.refuse_weight(target) is None
             assert set(auto.num_tokens) <= set(rule.num_tokens)
             assert 0 not in auto.num_tokens

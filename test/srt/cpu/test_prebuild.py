@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from sglang.srt.layers.moe_router import cluster_router_gemm, jit
+from sglang.srt.layers.moe_router.kernel import Target
 from sglang.srt.layers.moe_router.models import MODELS
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.model_config import ConfigError, read_gate
@@ -160,7 +161,7 @@ def test_by_default_each_gpu_gets_what_auto_takes_and_others_may_read_it(machine
     assert f"Start the server with {settings}\n" in done.stdout
     built = {path.name.rpartition("_")[0] for path in machine.out.glob("cluster_router_gemm_*")}
     assert built == {
-        f"cluster_router_gemm_n{model.num_experts}_k{model.hidden_size}_sm90"
+        cluster_router_gemm.spec_of(Target(torch.device("cuda"), 90, *model.gate)).name
         for model in MODELS
         if 90 in model.auto
     }
@@ -206,7 +207,10 @@ def test_one_model_alone(machine: Machine, tmp_path: Path) -> None:
     for model in (tmp_path, tmp_path / "config.json"):
         done = machine.prebuild_out("--arch", "9.0a", "10.3a", "--model", str(model))
         assert done.returncode == 0, done.stderr
-        assert "10.3a: nothing to build: N, K is 384, 7168, auto takes 256, 7168" in done.stdout
+        assert (
+            "10.3a: nothing to build: the gate is [384, 7168], auto takes [256, 7168]"
+            in done.stdout
+        )
         assert "9.0a: ready: cluster_router_gemm_n384_k7168_sm90" in done.stdout
         assert machine.compiled == 3  # the routing, too, without a shared expert and with one
         assert "chown" not in done.stdout  # anybody may read cluster's
@@ -215,7 +219,7 @@ def test_one_model_alone(machine: Machine, tmp_path: Path) -> None:
 def test_a_shape_that_auto_does_not_take(machine: Machine) -> None:
     shape = ["--arch", "9.0a", "--shape", "64", "2048"]
     line = _only_line(machine, machine.prebuild_out(*shape))
-    assert "9.0a: nothing to build: N, K is 64, 2048, auto takes 256, 7168 or" in line
+    assert "9.0a: nothing to build: the gate is [64, 2048], auto takes [256, 7168] or" in line
     done = machine.prebuild_out(*shape, "--backend", "cluster")
     assert done.returncode == 0, done.stderr
     assert "9.0a: ready: cluster_router_gemm_n64_k2048_sm90, after" in done.stdout

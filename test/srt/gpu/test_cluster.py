@@ -67,6 +67,51 @@ def test_numbers_and_bits_of_a_row(num_experts: int, hidden_size: int, dtype: to
                 assert torch.equal(logits, all_rows[:num_tokens]), (num_tokens, pdl)
 
 
+# gpt-oss, Qwen3-235B, Qwen3-Next, Kimi-Linear, and Ling's fp32 weights.
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("num_experts", "hidden_size", "dtype"),
+    [
+        (128, 2880, torch.bfloat16),
+        (128, 4096, torch.bfloat16),
+        (512, 2048, torch.bfloat16),
+        (256, 2304, torch.bfloat16),
+        (256, 2048, torch.float32),
+    ],
+)
+def test_bf16_logits_are_the_sum_rounded_once(
+    num_experts: int, hidden_size: int, dtype: torch.dtype, has_bias: bool
+) -> None:
+    hidden_states, weight = random_inputs(128, "cuda", num_experts, hidden_size, dtype)
+    bias = torch.randn(num_experts, device="cuda", dtype=torch.bfloat16) if has_bias else None
+    expected = _run(hidden_states, weight)
+    if bias is not None:
+        expected = expected + bias.float()
+    expected = expected.bfloat16()
+    run = run_of("cluster", num_experts, hidden_size, dtype, torch.bfloat16, has_bias)
+    for num_tokens in NUM_TOKENS:
+        for pdl in (True, False):
+            logits = _poisoned(num_tokens, num_experts).bfloat16()
+            run(hidden_states[:num_tokens], weight, logits, pdl, bias)
+            assert torch.equal(logits, expected[:num_tokens]), (num_tokens, pdl)
+
+
+def test_a_bias_of_the_wrong_kind_is_named() -> None:
+    hidden_states, weight = random_inputs(4, "cuda", 128, 2880)
+    logits = _poisoned(4, 128).bfloat16()
+    with_bias = jit.load(cluster.spec(128, 2880, SM, logits_dtype=torch.bfloat16, bias=True))
+    bias = torch.randn(128, device="cuda", dtype=torch.bfloat16)
+    for wrong in (None, bias.float(), bias[:64], bias.cpu(), bias[None]):
+        with pytest.raises(ValueError, match=r"^bias must be "):
+            with_bias.run(hidden_states, weight, logits, False, wrong)
+    without = jit.load(cluster.spec(128, 2880, SM, logits_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"^bias must be None"):
+        without.run(hidden_states, weight, logits, False, bias)
+    with pytest.raises(ValueError, match=r"^logits must be bfloat16"):
+        without.run(hidden_states, weight, logits.float(), False, None)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
 def test_fp32_weights_of_any_scale(scale: float) -> None:
     """Down to 2^-110 all three terms are there."""
@@ -203,7 +248,7 @@ def test_a_bad_argument_is_an_exception_that_names_it(what: str) -> None:
     hidden_states, weight, logits = make()
     module = jit.load(cluster.spec(256, 7168, SM))
     with pytest.raises(ValueError, match=f"^{argument} "):
-        module.run(hidden_states, weight, logits, False)
+        module.run(hidden_states, weight, logits, False, None)
     torch.cuda.synchronize()
 
 
@@ -213,6 +258,12 @@ def test_opcheck() -> None:
         torch.library.opcheck(
             torch.ops.sglang.cluster_router_gemm.default, random_inputs(num_tokens, "cuda")
         )
+    run_of("cluster", 128, 2880, logits_dtype=torch.bfloat16, has_bias=True)
+    bias = torch.randn(128, device="cuda", dtype=torch.bfloat16)
+    torch.library.opcheck(
+        torch.ops.sglang.cluster_router_gemm.default,
+        (*random_inputs(8, "cuda", 128, 2880), bias, torch.bfloat16),
+    )
 
 
 @pytest.mark.parametrize("build", [sglang_gate, deepseek_v2_gate])

@@ -15,6 +15,7 @@ from on_gpu import gate_with, run_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sglang.srt.layers.moe_router import backends, plan
+from sglang.srt.layers.moe_router.kernel import Target
 from sglang.srt.layers.moe_router.ops import flashinfer_dsv3_router_gemm
 from sglang.srt.models.deepseek_v2_gate import router_logits
 from sglang_router_gemm.check import deepseek_v2_gate, sglang_gate
@@ -46,12 +47,17 @@ def kernel_calls(
     real = run_of("flashinfer")
 
     def recorded(
-        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        logits: torch.Tensor,
+        pdl: bool,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         calls.append((hidden_states.shape[0], pdl))
         return real(hidden_states, weight, logits, pdl)
 
-    key = ("flashinfer", torch.device("cuda", torch.cuda.current_device()), (256, 7168))
+    target = Target(torch.device("cuda", torch.cuda.current_device()), None, 256, 7168)
+    key = backends._key(backends.BACKENDS["flashinfer"], target)
     monkeypatch.setitem(backends._loaded, key, recorded)
     monkeypatch.setattr(plan, "_plans", {})
     return calls

@@ -41,3 +41,68 @@ def test_the_gate_of_glm(precision: str, run_python: Callable[..., str]) -> None
     code = HOOKED.format(precision=precision)
     said = run_python(code, SGLANG_ROUTER_GEMM_BACKEND="cluster")
     assert "RIGHT" in said.splitlines(), said
+
+
+LINEAR = """
+import torch
+import sglang_router_gemm
+from sglang_router_gemm import hooks
+hooks.register()
+import blocks
+from sglang.srt.layers.moe_router.models import GATES
+from sglang.srt.models.deepseek_v2_gate import router_logits
+gate = next(each for each in GATES if each.module == "{module}")
+torch.manual_seed(0)
+with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
+    block, linear = blocks.build(gate, {num_experts}, {hidden_size})
+    own_class = next(each for each in type(linear).__mro__ if "own_logits" not in vars(each))
+    for num_tokens in (1, 8, 16, 33, 128, 129):
+        hidden_states = torch.randn(num_tokens, {hidden_size}, dtype=torch.bfloat16)
+        (logits, extra), ours = linear(hidden_states), router_logits(linear, hidden_states)
+        assert extra is None
+        assert (ours is not None) == (num_tokens <= 128), linear.router_plan.decision.reason
+        own, _ = own_class.forward(linear, hidden_states.to(linear.weight.dtype))
+        assert torch.equal(logits, own if ours is None else ours)
+        assert logits.dtype == own.dtype
+        expected = hidden_states.double() @ linear.weight.double().t()
+        if linear.bias is not None:
+            expected += linear.bias.double()
+        error = float((logits.double() - expected).norm() / expected.norm())
+        most = 1e-6 if logits.dtype == torch.float32 else 2.0**-8
+        assert error < (most if ours is not None else 1e-2), (num_tokens, error)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured, _ = linear(hidden_states)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, logits)
+    for name in gate.casting:  # as in SGLang's server: its method, and ours without the cast
+        assert vars(block)[name].__func__ is not getattr(type(block), name)
+    traced = torch.compile(lambda x: linear(x)[0], fullgraph=True, dynamic=True)
+    for num_tokens in (5, 130):
+        hidden_states = torch.randn(num_tokens, {hidden_size}, dtype=torch.bfloat16)
+        found, (logits, _) = traced(hidden_states), linear(hidden_states)
+        assert found.dtype == logits.dtype
+        torch.testing.assert_close(found, logits, rtol=2e-2, atol=0.5)
+print("RIGHT")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "num_experts", "hidden_size"),
+    [
+        ("qwen3_moe", 128, 4096),
+        ("qwen2_moe", 512, 2048),
+        ("kimi_linear", 256, 2304),
+        ("hunyuan", 64, 4096),
+        ("gpt_oss", 128, 2880),
+        ("minimax_m2", 256, 3072),
+        ("hunyuan_v3", 192, 4096),
+    ],
+)
+def test_the_gates_that_are_linear_layers(
+    module: str, num_experts: int, hidden_size: int, run_python: Callable[..., str]
+) -> None:
+    code = LINEAR.format(module=module, num_experts=num_experts, hidden_size=hidden_size)
+    said = run_python(code, SGLANG_ROUTER_GEMM_BACKEND="cluster")
+    assert "RIGHT" in said.splitlines(), said

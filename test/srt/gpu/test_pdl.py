@@ -116,9 +116,13 @@ def test_these_tests_can_fail(tmp_path: Path) -> None:
     module.prepare(0)
 
     def run(
-        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        logits: torch.Tensor,
+        pdl: bool,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        module.run(hidden_states, weight, logits, pdl)
+        module.run(hidden_states, weight, logits, pdl, bias)
         return logits
 
     assert _mismatches(run, 16, replays=20) > 0

@@ -19,7 +19,9 @@ ROUTED_TOKENS = 1024
 
 # fp32 accumulation over K = 7168 gives 2e-7, cuBLAS's on tensor cores 1.4e-6 (H100).
 # bf16 logits carry 8 bits of mantissa.
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+# TF32 has 10 of a weight's: who cuts off the rest is off by up to that.
+TF32_BOUND = 2.0**-10
 
 
 @dataclass
@@ -30,8 +32,8 @@ class Accuracy:
         relative: by kind of input, ‖logits - fp64‖ / ‖fp64‖.
         scaled: by kind of input, the worst row's root mean square of
             |logit - fp64| / (‖h‖ ‖w‖ / √K), an error beside the size that the dot product
-            of two such rows has when they are unrelated. Neither a large row, nor a hot
-            expert, nor a sum that cancels hides or blows up an error by it.
+            of two such rows has when they are unrelated, and the bias with it. Neither a
+            large row, nor a hot expert, nor a sum that cancels hides or blows up an error.
         top8_agreement: share of the rows, 0 to 1, whose 8 experts are those of fp64.
         failure: why the provider is not timed; None if it passed.
     """
@@ -44,10 +46,20 @@ class Accuracy:
     failure: str | None = None
 
 
+def bound(provider: Provider) -> float:
+    """The relative error up to which its logits are right."""
+    return TF32_BOUND if provider.tf32 else _BOUND[provider.output]
+
+
 def make_inputs(
-    kind: str, num_tokens: int, num_experts: int, hidden_size: int, device: torch.device
+    kind: str,
+    num_tokens: int,
+    num_experts: int,
+    hidden_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh bf16 `hidden_states` `[M, K]` and `weight` `[N, K]`.
+    """Fresh `hidden_states` `[M, K]`, in bf16, and `weight` `[N, K]`, in `dtype`.
 
     `random`: logits of variance 1. `scale`: rows from 2^-30 to 2^30 times that. `cancel`:
     sums that nearly cancel over the two halves of K. `hot`: one expert 64 times larger.
@@ -65,21 +77,30 @@ def make_inputs(
         weight[:, ::64] = torch.randn_like(weight[:, ::64]) / math.sqrt(hidden_size)
     elif kind == "hot":
         weight[int(torch.randint(num_experts, ()))] *= 64
-    return hidden_states.bfloat16(), weight.bfloat16()
+    return hidden_states.bfloat16(), weight.to(dtype)
 
 
-def reference(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def reference(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """The logits in fp64, `[M, N]`."""
-    return hidden_states.double() @ weight.double().t()
+    logits = hidden_states.double() @ weight.double().t()
+    return logits if bias is None else logits + bias.double()
 
 
 def scaled_error(
-    logits: torch.Tensor, expected: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor
+    logits: torch.Tensor,
+    expected: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> float:
     """The worst row's error beside ‖h‖ ‖w‖ / √K (see `Accuracy.scaled`)."""
     row_norms = hidden_states.double().norm(dim=1, keepdim=True)
     expert_norms = weight.double().norm(dim=1)
     size = row_norms * expert_norms / math.sqrt(weight.shape[1])
+    if bias is not None:
+        size = size.hypot(bias.double())
     rows = ((logits.double() - expected) / size).square().mean(dim=1).sqrt()
     return float(rows.nan_to_num(torch.inf).max())
 
@@ -116,25 +137,24 @@ def check(
 ) -> Accuracy:
     """Runs every kind of input, with PDL and without, and the routing."""
     found = Accuracy(provider.name, num_tokens)
-    bound = BOUND[provider.output]
+    shape = num_tokens, num_experts, hidden_size
+    allowed, bias = bound(provider), provider.bias
     try:
         for kind in KINDS:
-            hidden_states, weight = make_inputs(kind, num_tokens, num_experts, hidden_size, device)
-            expected = reference(hidden_states, weight)
+            hidden_states, weight = make_inputs(kind, *shape, device, provider.dtype)
+            expected = reference(hidden_states, weight, bias)
             relative = scaled = 0.0
             for pdl in (True, False) if provider.pdl == "switch" else (True,):
                 logits = call_poisoned(provider, gemm, hidden_states, weight, pdl)
                 relative = max(relative, relative_error(logits, expected))
-                scaled = max(scaled, scaled_error(logits, expected, hidden_states, weight))
+                scaled = max(scaled, scaled_error(logits, expected, hidden_states, weight, bias))
             found.relative[kind], found.scaled[kind] = relative, scaled
             # A sum that cancels has no small relative error in any finite precision.
             error = scaled if kind == "cancel" else max(relative, scaled)
-            if not error <= bound:
-                found.failure = f"error {error:.1e} on {kind} inputs, must be <= {bound:.0e}"
+            if not error <= allowed:
+                found.failure = f"error {error:.1e} on {kind} inputs, must be <= {allowed:.0e}"
                 return found
-        found.top8_agreement = _routing(
-            provider, gemm, num_tokens, num_experts, hidden_size, device
-        )
+        found.top8_agreement = _routing(provider, gemm, *shape, device)
     except Exception as error:  # JIT, launch or driver: this provider is out, the run goes on
         found.failure = first_line(error)
     return found
@@ -151,7 +171,7 @@ def _routing(
     """Share of about `ROUTED_TOKENS` rows, M at a time, that pick fp64's 8 experts."""
     batches = max(1, ROUTED_TOKENS // num_tokens)
     hidden_states, weight = make_inputs(
-        "random", batches * num_tokens, num_experts, hidden_size, device
+        "random", batches * num_tokens, num_experts, hidden_size, device, provider.dtype
     )
     logits = torch.cat(
         [
@@ -159,9 +179,8 @@ def _routing(
             for rows in hidden_states.split(num_tokens)
         ]
     )
-    picked, expected = (
-        grouped_topk(each) for each in (logits.double(), reference(hidden_states, weight))
-    )
+    exact = reference(hidden_states, weight, provider.bias)
+    picked, expected = (grouped_topk(each) for each in (logits.double(), exact))
     return agreement(picked, expected)
 
 

@@ -4,9 +4,11 @@
 
     gpu, driver, versions, date, command      where, when and how
     num_experts, hidden_size, num_tokens      the shapes: N, K and every M
+    weight, logits, bias                      the form; older files are of bf16, float32, no bias
     rounds, links                             replays per sample, calls per graph
     copy_bandwidth_gb_s, producer             measured and used in this run
-    providers      name, output, pdl, note, ours, own_kernel, skipped (the reason or null)
+    providers      name, output, pdl, note, ours, own_kernel, skipped (the reason or null);
+                   tf32, where it is true
     accuracy       one `Accuracy` for each provider and M
     bits_change_at by provider the M at which a row's bits change; [] is batch-invariant
     timings        one `Timing` for each provider, mode, M and tp_size
@@ -32,8 +34,9 @@ from tabulate import tabulate
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, find_model
 from sglang.srt.layers.moe_router.packages import PACKAGES, installed_versions
 
+from .accuracy import TF32_BOUND
 from .plots import save_plot
-from .providers import CUBLAS
+from .providers import BF16, CUBLAS, FP32, FP32_LINEAR, LINEAR, PLAIN, Form
 from .timing import CHAIN, MODE_NAMES, MODES
 
 if TYPE_CHECKING:
@@ -43,6 +46,9 @@ Results = dict[str, Any]
 
 # Columns of a terminal: a wider table is folded.
 WIDTH = 80
+
+# Who is 1 in the plot of speed-ups: the first of these that was timed.
+_BASES = (CUBLAS, FP32_LINEAR, LINEAR)
 
 _CSV_COLUMNS = (
     *("gpu", "num_experts", "hidden_size", "num_tokens", "provider", "output", "mode", "tp_size"),
@@ -68,12 +74,21 @@ def driver_version() -> str | None:
     return next(iter(output.stdout.split()), None)
 
 
-def file_stem(gpu: str, num_experts: int, hidden_size: int) -> str:
-    """`h100` for DeepSeek-V3's shape on an "NVIDIA H100 80GB HBM3", else with the shape."""
+def form_of(results: Results) -> Form:
+    """The form that was measured."""
+    dtype, logits_dtype = results.get("weight", "bfloat16"), results.get("logits", "float32")
+    return Form(getattr(torch, dtype), getattr(torch, logits_dtype), results.get("bias", False))
+
+
+def file_stem(gpu: str, num_experts: int, hidden_size: int, form: Form = PLAIN) -> str:
+    """`h100` for DeepSeek-V3's gate on an "NVIDIA H100 80GB HBM3", else with shape and form."""
     model = re.search(r"\b[A-Z]{1,2}\d{2,3}[A-Z]?\b", gpu)
     name = model[0] if model else re.sub(r"\W+", "-", gpu.removeprefix("NVIDIA "))
     known = find_model(num_experts, hidden_size) is DEEPSEEK_V3
-    return name.lower() + ("" if known else f"_n{num_experts}_k{hidden_size}")
+    stem = name.lower() + ("" if known else f"_n{num_experts}_k{hidden_size}")
+    stem += "_fp32" if form.dtype == FP32 else ""
+    stem += "_bf16_logits" if form.logits_dtype == BF16 else ""
+    return stem + ("_bias" if form.bias else "")
 
 
 def save_json(results: Results, directory: Path) -> Path:
@@ -102,7 +117,7 @@ def save_csv(results: Results, directory: Path) -> Path:
 
 
 def save_plots(results: Results, directory: Path, svg: bool = False) -> list[Path]:
-    """µs by M with the floor, and speed-up over cuBLAS by M, each as PNG, and SVG on request."""
+    """µs by M with the floor, and the speed-up over cuBLAS, each as PNG, and SVG on request."""
     mode = headline_mode(results)
     series = _series(results, mode)
     if not series:
@@ -120,8 +135,9 @@ def save_plots(results: Results, directory: Path, svg: bool = False) -> list[Pat
         directory / plot_stem(results, mode),
         svg,
     )
-    if CUBLAS in series:
-        base = series[CUBLAS]
+    base_name = next((name for name in _BASES if name in series), None)
+    if base_name is not None:
+        base = series[base_name]
         ratios = {
             name: {m: base[m] / us for m, us in points.items() if m in base}
             for name, points in series.items()
@@ -130,8 +146,8 @@ def save_plots(results: Results, directory: Path, svg: bool = False) -> list[Pat
             results,
             ratios,
             (
-                f"router GEMM, {mode}: speed-up over {CUBLAS}",
-                f"times as fast as {CUBLAS}",
+                f"router GEMM, {mode}: speed-up over {base_name}",
+                f"times as fast as {base_name}",
                 "higher is better",
             ),
             directory / f"{_stem(results)}_speedup",
@@ -176,6 +192,8 @@ def accuracy_table(results: Results) -> str:
             verdict = "FAILED"
             where = f"FAILED at M = {failed['num_tokens']}"
             remarks.append(f"{name}: {where}: {_short(failed['failure'])}")
+        elif checks and provider.get("tf32"):
+            remarks.append(f"{name}: right to TF32's 10 bits, within {TF32_BOUND:.0e} of fp64")
         agreements = [
             each["top8_agreement"] for each in checks if each["top8_agreement"] is not None
         ]
@@ -221,10 +239,11 @@ def mode_table(
     tp_size: int = 1,
     only: Sequence[int] | None = None,
 ) -> str:
-    """Median µs by M, a column for each provider, and who is fastest with fp32 logits.
+    """Median µs by M, a column for each provider, and who is fastest with the logits asked for.
 
-    Where a kernel of this project was timed, the last column is the best peer's time
-    over the best of ours, fp32 logits again: bf16 logits are another, lesser result.
+    Where a kernel of this project was timed, the last column is the best peer's time over the best
+    of ours, those logits again: bf16 ones are another, lesser result than fp32. A peer that rounds
+    to TF32 counts: SGLang's server runs it.
 
     Args:
         only: the M to show, by default all; who is fastest is then left out.
@@ -232,16 +251,17 @@ def mode_table(
     by_num_tokens = medians(results, mode, tp_size)
     timed = {name for row in by_num_tokens.values() for name in row}
     columns = [each for each in results["providers"] if each["name"] in timed]
-    fp32 = [each for each in columns if each["output"] == "float32"]
-    own = [each["name"] for each in fp32 if each["own_kernel"]]
-    peers = [each["name"] for each in fp32 if not each["ours"]]
+    output = results.get("logits", "float32")
+    alike = [each for each in columns if each["output"] == output]
+    own = [each["name"] for each in alike if each["own_kernel"]]
+    peers = [each["name"] for each in alike if not each["ours"]]
     rows = []
     for num_tokens, row in by_num_tokens.items():
         if only is not None and num_tokens not in only:
             continue
         cells = [f"{row[each['name']]:.2f}" if each["name"] in row else "" for each in columns]
         if only is None:
-            served = [each["name"] for each in fp32 if each["name"] in row]
+            served = [each["name"] for each in alike if each["name"] in row]
             cells.append(min(served, key=row.__getitem__, default=""))
         if own:
             cells.append(_ratio(row, peers, own))
@@ -338,10 +358,14 @@ def _plot(
     if wide:
         num_tokens = [each for each in num_tokens if each.bit_count() == 1]  # powers of two
     shape = f"N = {results['num_experts']}, K = {results['hidden_size']}"
+    form = form_of(results)
+    inputs = "fp32 weight" if form.dtype == FP32 else "bf16 inputs"
+    inputs += ", bf16 logits" if form.logits_dtype == BF16 else ""
+    inputs += ", bias" if form.bias else ""
     return save_plot(
         path,
         add_lines,
-        title=f"{results['gpu']}: {title}\n{shape}, bf16 inputs; {better}",
+        title=f"{results['gpu']}: {title}\n{shape}, {inputs}; {better}",
         labels=("M (num_tokens)", unit),
         ticks=num_tokens if len(num_tokens) <= 20 else (),
         powers_of_two=wide,
@@ -379,7 +403,8 @@ def _us(us: float) -> str:
 
 
 def _stem(results: Results) -> str:
-    return file_stem(results["gpu"], results["num_experts"], results["hidden_size"])
+    shape = results["num_experts"], results["hidden_size"]
+    return file_stem(results["gpu"], *shape, form_of(results))
 
 
 def _cell(value: object) -> object:

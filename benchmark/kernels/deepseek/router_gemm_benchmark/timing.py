@@ -3,9 +3,9 @@
 One sample is one replay between two events. All graphs of a mode are replayed in turn,
 round after round, so that a drifting clock hits every provider alike, and in another order
 each round, so that none always runs in the wake of the same other. Ahead of each sample L2 is
-emptied of weights: those of 58 layers are more than it holds, but it does not drop the oldest
-first, and how many an earlier replay leaves to the next depends on the cache hints of its
-loads. Then a kernel that only waits, so that the host has enqueued the whole graph before the
+emptied of weights: it may hold those of 58 small gates, and where they are more, it does not drop
+the oldest first, and how many an earlier replay leaves to the next depends on the cache hints of
+its loads. Then a kernel that only waits, so that the host has enqueued the whole graph before the
 first event fires and no launch gap is measured.
 """
 
@@ -27,8 +27,8 @@ import torch
 from sglang.srt.layers.moe_router.packages import first_line
 from sglang_router_gemm.routing import relative_error
 
-from .accuracy import BOUND
-from .providers import Gemm, Provider, Skip, all_providers, environment
+from .accuracy import bound, reference
+from .providers import BF16, PLAIN, Form, Gemm, Provider, Skip, all_providers, environment
 
 # `num_hidden_layers` and `first_k_dense_replace` in DeepSeek-V3's config.json.
 DEEPSEEK_V3_LAYERS, DEEPSEEK_V3_DENSE_LAYERS = 61, 3
@@ -96,10 +96,12 @@ class Candidate(NamedTuple):
     gemm: Gemm
 
 
-def bytes_moved(num_tokens: int, num_experts: int, hidden_size: int, output: torch.dtype) -> int:
-    """Bytes of the bf16 weight and tokens, read once, and of the logits, written once."""
-    inputs = 2 * hidden_size * (num_experts + num_tokens)
-    return inputs + num_tokens * num_experts * output.itemsize
+def bytes_moved(provider: Provider, num_tokens: int, num_experts: int, hidden_size: int) -> int:
+    """Bytes of weight, bf16 tokens and bias, read once, and of the logits, written once."""
+    inputs = hidden_size * (num_experts * provider.dtype.itemsize + num_tokens * BF16.itemsize)
+    if provider.bias is not None:
+        inputs += provider.bias.nbytes
+    return inputs + num_tokens * num_experts * provider.output.itemsize
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -131,7 +133,7 @@ def make_timing(
     bandwidth: float,
 ) -> Timing:
     """Adds bytes, GB/s and the floor to quartiles in µs; `bandwidth` is in GB/s."""
-    moved = bytes_moved(num_tokens, num_experts, hidden_size, provider.output)
+    moved = bytes_moved(provider, num_tokens, num_experts, hidden_size)
     floor = moved / bandwidth / 1e3
     return Timing(
         provider.name, mode, num_tokens, 1, *us, moved, moved / us[1] / 1e3, floor, us[1] / floor
@@ -202,12 +204,17 @@ class Bench:
     """Weights, and everything that lives as long as one run on one GPU."""
 
     def __init__(
-        self, num_experts: int, hidden_size: int, rounds: int, device: torch.device
+        self,
+        num_experts: int,
+        hidden_size: int,
+        rounds: int,
+        device: torch.device,
+        dtype: torch.dtype = BF16,
     ) -> None:
         self.num_experts, self.hidden_size = num_experts, hidden_size
         self.rounds, self.device = rounds, device
         shape = (LINKS, num_experts, hidden_size)
-        self.weights = torch.randn(shape, dtype=torch.bfloat16, device=device)
+        self.weights = torch.randn(shape, dtype=dtype, device=device)
         self.weights *= hidden_size**-0.5
         # As in the model, each layer norms with a weight of its own. A GEMM that reads
         # its tokens before the producer has written them then reads other numbers. Near
@@ -326,7 +333,7 @@ class _ModeRun:
 
         graph = _capture(calls)
         self.outputs += outs + logits
-        self._check(graph, logits, BOUND[provider.output])
+        self._check(graph, logits, provider)
         self._keep(provider.name, graph)
 
     def replay(self, rounds: int, cycles_per_us: float) -> dict[str, list[float]]:
@@ -374,7 +381,9 @@ class _ModeRun:
         self.host_us = max(self.host_us, host_us)
         self.graphs[name] = graph
 
-    def _check(self, graph: torch.cuda.CUDAGraph, logits: list[torch.Tensor], bound: float) -> None:
+    def _check(
+        self, graph: torch.cuda.CUDAGraph, logits: list[torch.Tensor], provider: Provider
+    ) -> None:
         """Fresh tokens, outputs poisoned, one replay: every link against fp64.
 
         With a producer only the last link's tokens are still there to compare with.
@@ -385,10 +394,10 @@ class _ModeRun:
             each.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
-        tokens = self.hidden_states.double()
         for link in (LINKS - 1,) if self.mode.produced else range(LINKS):
-            error = relative_error(logits[link], tokens @ self.weights[link].double().t())
-            if not error <= bound:
+            expected = reference(self.hidden_states, self.weights[link], provider.bias)
+            error = relative_error(logits[link], expected)
+            if not error <= bound(provider):
                 raise RuntimeError(f"off by {error:.1e} in the graph's call {link + 1} of {LINKS}")
 
 
@@ -436,6 +445,7 @@ class Work(NamedTuple):
     num_experts: int
     hidden_size: int
     rounds: int
+    form: Form = PLAIN
 
 
 def _measure_rank(rank: int, work: Work) -> list[Timing]:
@@ -455,13 +465,13 @@ def _time_rank(barrier: Barrier, rank: int, work: Work) -> list[Timing]:
     with torch.no_grad():
         wanted = set().union(*work.names.values())
         candidates = []
-        for provider in all_providers(work.num_experts, work.hidden_size, device):
+        for provider in all_providers(work.num_experts, work.hidden_size, device, work.form):
             if provider.name in wanted:
                 try:
                     candidates.append(Candidate(provider, provider.build()))
                 except Skip:
                     continue
-        bench = Bench(work.num_experts, work.hidden_size, work.rounds, device)
+        bench = Bench(work.num_experts, work.hidden_size, work.rounds, device, work.form.dtype)
         found = []
         for num_tokens, here in work.names.items():
             ready = [each for each in candidates if each.provider.name in here]

@@ -10,6 +10,7 @@ from torch import nn
 
 from sglang.srt.layers.moe_router.backends import matmul_fp32
 from sglang.srt.layers.moe_router.plan import Plan, find_plan, make_plan
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -57,25 +58,39 @@ class DeepseekV2Gate(nn.Module):
         return matmul_fp32(hidden_states, weight) if logits is None else logits
 
 
-def plan_gate(gate: nn.Module, own_forward: Callable[..., torch.Tensor] | None = None) -> None:
+def plan_gate(
+    gate: nn.Module,
+    own_forward: Callable[..., torch.Tensor] | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    bias: torch.Tensor | None = None,
+) -> None:
     """Makes the plan of a gate that has just been built, and loads what it needs.
 
     Args:
         gate: has `weight`, `[N, K]`.
         own_forward: the forward that is replaced; a kernel must give what that gives.
+        logits_dtype: of what it gives.
+        bias: the gate's `bias`, `[N]`, if it adds one.
 
     Raises:
         ValueError: an environment variable holds a value that it does not have.
     """
     gate.router_plan = None
-    if getattr(gate, "quant_method", None) is None:  # else its bytes may not be what they seem
-        gate.router_plan = make_plan(gate.weight, gate=gate, own_forward=own_forward)
+    method = getattr(gate, "quant_method", None)
+    if method is None or type(method) is UnquantizedLinearMethod:  # else its bytes may be others
+        gate.router_plan = make_plan(
+            gate.weight,
+            gate=gate,
+            own_forward=own_forward,
+            logits_dtype=logits_dtype,
+            bias=bias,
+        )
 
 
 def router_logits(
     gate: nn.Module, hidden_states: torch.Tensor, forward_batch: ForwardBatch | None = None
 ) -> torch.Tensor | None:
-    """fp32 logits `[M, N]` from the backend that serves this call, None if none does.
+    """Logits `[M, N]` from the backend that serves this call, None if none does.
 
     Args:
         gate: has `weight`, `[N, K]`, and what `plan_gate` gave it.
@@ -92,5 +107,6 @@ def router_logits(
     if not plan.is_for(weight):
         if compiling or plan.is_final:
             return None  # a trace cannot plan; the next eager call will
-        plan = gate.router_plan = find_plan(weight)
-    return plan.logits(hidden_states, weight, forward_batch)
+        plan = gate.router_plan = find_plan(weight, plan)
+    bias = gate.bias if plan.target.bias else None
+    return plan.logits(hidden_states, weight, forward_batch, bias)

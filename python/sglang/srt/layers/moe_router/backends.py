@@ -59,6 +59,9 @@ class Rule(NamedTuple):
     num_tokens: range
     dtypes: tuple[torch.dtype, ...]
     """Of the weight; hidden_states are bf16, but for a matmul."""
+    logits_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    bias: bool = False
+    """It can add one."""
     any_layout: bool = False
     """Strided and unaligned tensors too."""
 
@@ -75,18 +78,31 @@ class Rule(NamedTuple):
             return f"K is {target.hidden_size}, must be {either(self.hidden_sizes)}"
         if target.dtype not in self.dtypes:
             return f"weight is {target.dtype}, must be {either(self.dtypes)}"
+        if target.logits_dtype not in self.logits_dtypes:
+            return f"logits are {target.logits_dtype}, must be {either(self.logits_dtypes)}"
+        if target.bias and not self.bias:
+            return "the gate has a bias, must have none"
         return None
 
-    def takes(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    def takes(
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> bool:
         """Whether a call is served, with a weight of a shape that is not refused."""
         return (
             hidden_states.shape[0] in self.num_tokens
             and weight.dtype in self.dtypes
-            and self.takes_layout(hidden_states, weight)
+            and self.takes_layout(hidden_states, weight, bias)
         )
 
     def takes_layout(
-        self, hidden_states: torch.Tensor, weight: torch.Tensor, addresses: bool = True
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        addresses: bool = True,
     ) -> bool:
         """The same for any M, of a weight of the right dtype.
 
@@ -94,6 +110,15 @@ class Rule(NamedTuple):
         """
         kernel_takes = self.any_layout or hidden_states.dtype == torch.bfloat16
         if not kernel_takes or not fits(hidden_states, weight):
+            return False
+        if bias is not None and not (
+            self.any_layout
+            or (
+                bias.dtype == torch.bfloat16
+                and bias.is_contiguous()
+                and (not addresses or is_aligned(bias, bias))
+            )
+        ):
             return False
         # FlashInfer < 0.7 does not check row strides.
         dense = self.any_layout or (hidden_states.is_contiguous() and weight.is_contiguous())
@@ -156,20 +181,17 @@ _loaded: dict[tuple[object, ...], Run | str] = {}
 
 
 def _key(backend: Backend, target: Target) -> tuple[object, ...]:
-    return backend.name, target.device, target.dtype, target.num_experts, target.hidden_size
+    return backend.name, target.device, *target[2:]  # its SM is the device's
 
 
-def find_kernel(
-    backend: Backend, device: torch.device, dtype: torch.dtype, *shape: int
-) -> Run | str:
-    """The kernel for calls with weights of this dtype and shape, or why there is none, as a phrase.
+def find_kernel(backend: Backend, target: Target) -> Run | str:
+    """The kernel for such calls, whatever the target's SM, or why there is none, as a phrase.
 
     It looks up what `load_kernel` left, and never loads: nothing is built on a request.
     """
     if backend.op is None:
         return matmul_fp32
-    key = backend.name, device, dtype, *shape
-    return _loaded.get(key, "its kernel was not loaded with the model")
+    return _loaded.get(_key(backend, target), "its kernel was not loaded with the model")
 
 
 def load_kernel(backend: Backend, target: Target) -> Run | str:
@@ -227,23 +249,31 @@ def _load_checked(backend: Backend, target: Target, given_up: threading.Event) -
     # cuBLAS would also keep a workspace. The generator is its own: the global one seeds dummy
     # weights and sampling.
     generator = torch.Generator("cpu").manual_seed(0)
-    shapes = (target.num_experts, target.hidden_size), (max(every_m), target.hidden_size)
-    weight, hidden_states = (
-        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(dtype)
-        for shape, dtype in zip(shapes, (target.dtype, torch.bfloat16), strict=True)
-    )
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        random = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+        return random.to(dtype)
+
+    weight = draw(target.num_experts, target.hidden_size, dtype=target.dtype)
+    hidden_states = draw(max(every_m), target.hidden_size)
+    bias = draw(target.num_experts) if target.bias else None
     expected = hidden_states.double() @ weight.double().t()
+    if bias is not None:
+        expected += bias.double()
+        bias = bias.to(target.device)
     weight, hidden_states = weight.to(target.device), hidden_states.to(target.device)
+    most = _MAX_RELATIVE_ERROR
+    if target.logits_dtype != torch.float32:
+        most = torch.finfo(target.logits_dtype).eps / 2
     for num_tokens in every_m:
         if given_up.is_set():  # the GPU may be in a graph capture by now
             raise LimitExceededError("nobody waits for it any longer")
-        logits = empty_logits(hidden_states[:num_tokens], weight).fill_(torch.nan)
-        found = run(hidden_states[:num_tokens], weight, logits, False)
-        error = relative_error(found, expected[:num_tokens])
-        if not error <= _MAX_RELATIVE_ERROR:
+        rows = hidden_states[:num_tokens]
+        logits = empty_logits(rows, weight, target.logits_dtype).fill_(torch.nan)
+        error = relative_error(run(rows, weight, logits, False, bias), expected[:num_tokens])
+        if not error <= most:
             raise WrongNumbersError(
-                f"it is off by {error:.1e} at M = {num_tokens}, must be within "
-                f"{_MAX_RELATIVE_ERROR:.0e} of fp64"
+                f"it is off by {error:.1e} at M = {num_tokens}, must be within {most:.0e} of fp64"
             )
     return run
 
@@ -252,12 +282,16 @@ def _on_its_device(run: Run) -> Run:
     """Makes the tensors' device the current one, where it is another: kernels run there."""
 
     def guarded(
-        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        logits: torch.Tensor,
+        pdl: bool,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if weight.device.index == torch.cuda.current_device():
-            return run(hidden_states, weight, logits, pdl)
+            return run(hidden_states, weight, logits, pdl, bias)
         with torch.cuda.device(weight.device):
-            return run(hidden_states, weight, logits, pdl)
+            return run(hidden_states, weight, logits, pdl, bias)
 
     return guarded
 
@@ -267,16 +301,25 @@ def matmul_fp32(
     weight: torch.Tensor,
     logits: torch.Tensor | None = None,
     pdl: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`hidden_states @ weight.T` in fp32: `[M, K]` and `[N, K]` give `[M, N]`.
+    """`hidden_states @ weight.T (+ bias)` in fp32: `[M, K]` and `[N, K]` give `[M, N]`.
 
     16-bit operands on a CUDA device go to cuBLAS as they are and are accumulated and
-    returned in fp32. Elsewhere `torch.mm` has no `out_dtype`, and both are widened.
+    returned in fp32. Elsewhere `torch.mm` has no `out_dtype`, and both are widened. Where `logits`
+    are of 16 bits the sum is rounded to them.
     """
     device_type = hidden_states.device.type
     if device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):  # it would round the logits
-            return matmul_fp32(hidden_states, weight, logits)
+            return matmul_fp32(hidden_states, weight, logits, pdl, bias)
+    if logits is not None and logits.dtype != torch.float32:
+        if bias is None and hidden_states.dtype == weight.dtype == logits.dtype:
+            return torch.mm(hidden_states, weight.t(), out=logits)  # as SGLang's own: one kernel
+        return logits.copy_(matmul_fp32(hidden_states, weight, None, pdl, bias))
+    if bias is not None:
+        product = matmul_fp32(hidden_states, weight) + bias.float()
+        return product if logits is None else logits.copy_(product)
     if hidden_states.is_cuda and hidden_states.dtype == weight.dtype != torch.float32:
         return torch.mm(hidden_states, weight.t(), out_dtype=torch.float32, out=logits)
     return torch.mm(hidden_states.float(), weight.float().t(), out=logits)
@@ -299,6 +342,8 @@ BACKENDS: Mapping[str, Backend] = {
                 hidden_sizes=range(64, 8193, 64),
                 num_tokens=range(129),
                 dtypes=(torch.bfloat16, torch.float32),
+                logits_dtypes=(torch.float32, torch.bfloat16),
+                bias=True,
             ),
             missing=cluster_router_gemm.missing,
             load=cluster_router_gemm.load,
@@ -358,6 +403,8 @@ BACKENDS: Mapping[str, Backend] = {
                 hidden_sizes=None,
                 num_tokens=range(2**31),
                 dtypes=(torch.bfloat16, torch.float16, torch.float32),
+                logits_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+                bias=True,
                 any_layout=True,
             ),
             missing=lambda sm: None,

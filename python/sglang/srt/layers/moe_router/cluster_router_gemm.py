@@ -1,4 +1,4 @@
-"""`csrc/cluster_router_gemm.cuh` in Python: one compiled module for each N, K, dtype and SM."""
+"""`csrc/cluster_router_gemm.cuh` in Python: one compiled module for what a `Target` computes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,32 @@ def missing(sm: int | None) -> str | None:
 
 
 def spec(
-    num_experts: int, hidden_size: int, sm: int, dtype: torch.dtype = torch.bfloat16
+    num_experts: int,
+    hidden_size: int,
+    sm: int,
+    dtype: torch.dtype = torch.bfloat16,
+    logits_dtype: torch.dtype = torch.float32,
+    bias: bool = False,
 ) -> jit.Spec:
-    """What is compiled for weights `[N, K]`, bf16 or fp32, on one SM."""
+    """What is compiled for weights `[N, K]` on one SM; the rest as in a `Target`."""
     name = f"cluster_router_gemm_n{num_experts}_k{hidden_size}"
     defines = [("ROUTER_GEMM_NUM_EXPERTS", num_experts), ("ROUTER_GEMM_HIDDEN_SIZE", hidden_size)]
-    if dtype == torch.float32:
-        name += "_fp32"
-        defines.append(("ROUTER_GEMM_FP32", 1))
+    options = {
+        "fp32": dtype == torch.float32,
+        "bias": bias,
+        "bf16_logits": logits_dtype == torch.bfloat16,
+    }
+    for option in (each for each, is_set in options.items() if is_set):
+        name += f"_{option}"
+        defines.append((f"ROUTER_GEMM_{option.upper()}", 1))
     return jit.Spec(f"{name}_sm{sm}", SOURCE, sm, tuple(defines))
 
 
 def spec_of(target: Target) -> jit.Spec:
     """The same, for what a gate needs."""
-    assert target.sm is not None
-    return spec(target.num_experts, target.hidden_size, target.sm, target.dtype)
+    _, sm, num_experts, hidden_size, *options = target
+    assert sm is not None
+    return spec(num_experts, hidden_size, sm, *options)
 
 
 def load(target: Target) -> Loaded:
@@ -49,9 +60,13 @@ def load(target: Target) -> Loaded:
     launch = module.run
 
     def run(
-        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        logits: torch.Tensor,
+        pdl: bool,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        launch(hidden_states, weight, logits, pdl)
+        launch(hidden_states, weight, logits, pdl, bias)
         return logits
 
     return run, num_tokens_to_check(module)

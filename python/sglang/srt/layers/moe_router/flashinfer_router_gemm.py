@@ -42,7 +42,11 @@ def load(target: Target) -> Loaded:
     _check_trusted(_spec(target).jit_library_path)
 
     def run(
-        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        logits: torch.Tensor,
+        pdl: bool,
+        bias: torch.Tensor | None = None,  # never: the rule of its backend refuses one
     ) -> torch.Tensor:
         kernel(hidden_states, weight.t(), logits, launch_with_pdl=pdl)
         return logits

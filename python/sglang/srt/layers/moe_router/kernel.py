@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,25 +12,54 @@ ALIGNMENT_BYTES = 16
 
 
 class Target(NamedTuple):
-    """What a kernel is loaded for: a device, its SM, and the weight's N, K and dtype."""
+    """What a kernel is loaded for: a device and its SM, and what it computes there.
+
+    Its `dtype` is the weight's, which is `[num_experts, hidden_size]`. With a `bias`, a bf16
+    `[num_experts]` is added before the logits are rounded to `logits_dtype`.
+    """
 
     device: torch.device
     sm: int | None
     num_experts: int
     hidden_size: int
     dtype: torch.dtype = torch.bfloat16
+    logits_dtype: torch.dtype = torch.float32
+    bias: bool = False
 
     def __str__(self) -> str:
-        """The weight as a person writes it."""
-        dtype = "" if self.dtype == torch.bfloat16 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"[{self.num_experts}, {self.hidden_size}]{dtype}"
+        """What it computes, as a person writes it."""
+        text = f"[{self.num_experts}, {self.hidden_size}]"
+        if self.dtype != torch.bfloat16:
+            text += f" {dtype_name(self.dtype)}"
+        if self.bias:
+            text += " with a bias"
+        if self.logits_dtype != torch.float32:
+            text += f", {dtype_name(self.logits_dtype)} logits"
+        return text
 
 
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
-"""`run(hidden_states, weight, logits, pdl)` gives fp32 logits `[M, N]`, on the current stream.
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`, say."""
+    return str(dtype).removeprefix("torch.")
 
-It writes and returns `logits`, or returns a tensor of its own where the library allocates.
-"""
+
+class Run(Protocol):
+    """A kernel, on the current stream.
+
+    It gives logits `[M, N]`: it writes and returns `logits`, or returns a tensor of its own where
+    the library allocates. `bias` is there if it was loaded for one.
+    """
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        logits: torch.Tensor,
+        pdl: bool,
+        bias: torch.Tensor | None = None,
+        /,
+    ) -> torch.Tensor: ...
+
 
 Loaded = tuple[Run, Sequence[int]]
 """A kernel, and each M that is compared with fp64 before it is believed. One for each function
@@ -65,10 +94,12 @@ def is_aligned(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     return (hidden_states.data_ptr() | weight.data_ptr()) % ALIGNMENT_BYTES == 0
 
 
-def empty_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32 `[M, N]`, not written, where `hidden_states` is."""
+def empty_logits(
+    hidden_states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """`[M, N]`, not written, where `hidden_states` is."""
     # The dtype is said: while a model loads, SGLang's default dtype is the model's.
-    return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=torch.float32)
+    return hidden_states.new_empty((hidden_states.shape[0], weight.shape[0]), dtype=dtype)
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:

@@ -33,7 +33,8 @@ class Model(NamedTuple):
 
     `num_experts` and `hidden_size` are N and K: `n_routed_experts` and `hidden_size` in its
     config.json. `auto` is by SM, 10 * major + minor; every other SM is left to SGLang.
-    `route` is None where `cluster_route` does not take the model's. `dtype` is the weight's.
+    `route` is None where `cluster_route` does not take the model's. `dtype` is the weight's, and
+    `logits_dtype` that of what the gate gives, a `bias` added or not.
     """
 
     name: str
@@ -42,12 +43,21 @@ class Model(NamedTuple):
     auto: Mapping[int, Auto]
     route: Route | None = None
     dtype: torch.dtype = torch.bfloat16
+    logits_dtype: torch.dtype = torch.float32
+    bias: bool = False
+
+    @property
+    def gate(self) -> tuple[int, int, torch.dtype, torch.dtype, bool]:
+        """What it computes, as in a `Target`."""
+        return self.num_experts, self.hidden_size, self.dtype, self.logits_dtype, self.bias
 
 
 # SGLang PRs 17707 (SM 100) and 23285 (SM 103); not measured by this project.
 _BLACKWELL = Auto("flashinfer", range(1, 17))
 
 _UNGROUPED = Route(1, 1, 8, auto=(90,))
+
+_EVERY_M = {90: Auto("cluster", range(1, 129))}
 
 # SM 90: docs/kernel.md. With fewer bytes of weights SGLang's own is faster at the smallest M.
 MODELS: tuple[Model, ...] = (
@@ -62,37 +72,75 @@ MODELS: tuple[Model, ...] = (
     Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),
     Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}, _UNGROUPED),
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
-    Model("GLM-4.5", 160, 5120, {}, dtype=torch.float32),
-    Model("GLM-4.5-Air", 128, 4096, {}, dtype=torch.float32),
+    Model("DeepSeek-V4-Flash", 256, 4096, {}),
+    Model("GLM-5.3-Flash", 288, 4096, {}),
+    Model("GLM-4.5", 160, 5120, _EVERY_M, dtype=torch.float32),
+    Model("GLM-4.5-Air", 128, 4096, _EVERY_M, dtype=torch.float32),
+    Model("MiniMax-M2", 256, 3072, _EVERY_M, dtype=torch.float32),
+    Model("MiMo-V2-Flash", 256, 4096, _EVERY_M, dtype=torch.float32),
+    Model("Hy4", 256, 2816, {}, dtype=torch.float32),
+    Model("Qwen3-235B", 128, 4096, _EVERY_M, logits_dtype=torch.bfloat16),
+    Model("Qwen3-30B", 128, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
+    Model("Qwen3-Next", 512, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
+    Model("Kimi-Linear", 256, 2304, _EVERY_M, logits_dtype=torch.bfloat16),
+    Model("gpt-oss-120b", 128, 2880, _EVERY_M, logits_dtype=torch.bfloat16, bias=True),
 )
 
 DEEPSEEK_V3 = MODELS[0]
 
 
 class Gate(NamedTuple):
-    """A model's gate that is nothing but its weight: `forward(hidden_states)` gives fp32 logits."""
+    """Where SGLang has a model's gate, other than in DeepSeek's `MoEGate`.
+
+    That is a class with `weight`, whose `forward(hidden_states)` gives the logits and does nothing
+    but multiply. Or, with `linear`, it is a `ReplicatedLinear` under that name in a class.
+    """
 
     module: str
     """Under `sglang.srt.models`."""
     name: str
+    linear: str | None = None
+    logits_dtype: torch.dtype | None = torch.float32
+    """None where the logits have the weight's."""
+    casting: tuple[str, ...] = ()
+    """The methods of the class that widen hidden_states for the gate, which then need not be."""
 
 
-# The plugin hooks these as it hooks DeepSeek's `MoEGate`. To add one, add a row.
+# The plugin hooks these as it hooks `MoEGate`. To add one, add a row.
 GATES: tuple[Gate, ...] = (
     Gate("glm4_moe", "Glm4MoeGate"),  # GLM-4.5, 4.6
     Gate("glm4_moe_lite", "Glm4MoeLiteGate"),  # GLM-4.7-Flash
     Gate("mimo_v2", "MoEGate"),  # MiMo-V2
+    Gate("bailing_moe", "BailingMoEGate", None, torch.bfloat16),  # Ling 1, Ring
+    Gate("bailing_moe_linear", "BailingMoEGate", None, torch.bfloat16),  # Ring-linear
+    Gate("dots3_common.modeling", "Dots3MoEGate", None, None),
+    Gate("ernie4", "MoEGate", None, None),
+    Gate("qwen2_moe", "Qwen2MoeSparseMoeBlock", "gate", None),  # Qwen3-Next, Qwen3.5, too
+    Gate("qwen3_moe", "Qwen3MoeSparseMoeBlock", "gate", None),
+    Gate("kimi_linear", "KimiMoE", "gate", None),
+    Gate("hunyuan", "HunYuanSparseMoeBlock", "gate", None),
+    Gate("gpt_oss", "GptOssSparseMoeBlock", "router", None),
+    Gate("minimax_m2", "MiniMaxM2MoE", "gate", None, ("forward_normal", "forward_deepep")),
+    Gate(
+        "hunyuan_v3",
+        "HYV3MoEFused",
+        "gate",
+        None,
+        ("_forward_single_stream", "_forward_dual_stream"),
+    ),
 )
 
 
 def find_model(
-    num_experts: int, hidden_size: int, dtype: torch.dtype = torch.bfloat16
+    num_experts: int,
+    hidden_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    logits_dtype: torch.dtype = torch.float32,
+    bias: bool = False,
 ) -> Model | None:
-    """The row of such a weight, None where the table has none."""
-    for model in MODELS:
-        if (model.num_experts, model.hidden_size, model.dtype) == (num_experts, hidden_size, dtype):
-            return model
-    return None
+    """The first row of such a gate, None where the table has none."""
+    gate = num_experts, hidden_size, dtype, logits_dtype, bias
+    return next((model for model in MODELS if model.gate == gate), None)
 
 
 def find_route(num_experts: int, num_groups: int, top_groups: int, top_k: int) -> Route | None:

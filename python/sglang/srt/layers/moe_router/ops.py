@@ -13,7 +13,7 @@ import torch
 
 from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, find_kernel, matmul_fp32
 from sglang.srt.layers.moe_router.environ import pdl_enabled
-from sglang.srt.layers.moe_router.kernel import empty_logits, fit_together
+from sglang.srt.layers.moe_router.kernel import Target, empty_logits, fit_together
 from sglang.srt.utils.custom_op import register_custom_op
 
 
@@ -21,19 +21,29 @@ def _compute(
     backend: Backend,
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logits_dtype: torch.dtype = torch.float32,
     logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What every op does: the backend's kernel where it serves, else a matmul."""
-    kernel = find_kernel(backend, weight.device, weight.dtype, *weight.shape)
-    if isinstance(kernel, str) or not backend.rule.takes(hidden_states, weight):
-        _check_operands(hidden_states, weight)
-        return matmul_fp32(hidden_states, weight, logits)
-    if logits is None:
-        logits = empty_logits(hidden_states, weight)
-    return kernel(hidden_states, weight, logits, pdl_enabled())
+    if weight.dim() == 2 and backend.rule.takes(hidden_states, weight, bias):
+        num_experts, hidden_size = weight.shape
+        options = weight.dtype, logits_dtype, bias is not None
+        target = Target(weight.device, None, num_experts, hidden_size, *options)
+        kernel = find_kernel(backend, target)
+        if not isinstance(kernel, str):
+            if logits is None:
+                logits = empty_logits(hidden_states, weight, logits_dtype)
+            return kernel(hidden_states, weight, logits, pdl_enabled(), bias)
+    _check_operands(hidden_states, weight, bias)
+    if logits is None and logits_dtype != torch.float32:
+        logits = empty_logits(hidden_states, weight, logits_dtype)
+    return matmul_fp32(hidden_states, weight, logits, bias=bias)
 
 
-def _check_operands(hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
+def _check_operands(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
     for name, tensor in (("hidden_states", hidden_states), ("weight", weight)):
         if tensor.dim() != 2:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, must be a matrix")
@@ -50,6 +60,8 @@ def _check_operands(hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
         )
     if weight.device != hidden_states.device:
         raise ValueError(f"weight is on {weight.device}, must be on {hidden_states.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias has shape {list(bias.shape)}, must be [{weight.shape[0]}]")
 
 
 def _check_logits(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
@@ -67,15 +79,28 @@ def _check_logits(logits: torch.Tensor, hidden_states: torch.Tensor, weight: tor
 def _register(backend: Backend) -> Callable[..., torch.Tensor | None]:
     assert backend.op is not None
 
-    def returning(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _compute(backend, hidden_states, weight)
+    def returning(
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        logits_dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        return _compute(backend, hidden_states, weight, bias, logits_dtype)
+
+    def returning_fake(
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        logits_dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        return empty_logits(hidden_states, weight, logits_dtype)
 
     def writing(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> None:
         _check_logits(logits, hidden_states, weight)
-        _compute(backend, hidden_states, weight, logits)
+        _compute(backend, hidden_states, weight, logits=logits)
 
     impl: Callable[..., torch.Tensor | None] = returning
-    fake_impl: Callable[..., torch.Tensor | None] = empty_logits
+    fake_impl: Callable[..., torch.Tensor | None] = returning_fake
     if backend.op_writes_logits:
         impl, fake_impl = writing, lambda logits, hidden_states, weight: None
     op: Callable[..., torch.Tensor | None] = register_custom_op(
@@ -94,29 +119,35 @@ _OPS = {name: _register(backend) for name, backend in BACKENDS.items() if backen
 
 
 def router_gemm(
-    backend: Backend, hidden_states: torch.Tensor, weight: torch.Tensor
+    backend: Backend,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logits_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`hidden_states @ weight.T` in fp32, through the op of `backend`.
+    """`hidden_states @ weight.T (+ bias)`, summed in fp32, through the op of `backend`.
 
     Args:
         backend: whose kernel, where it serves.
         hidden_states: bf16 `[M, K]`, any M; fp16 and fp32 too, for the matmul.
         weight: `[N, K]` on the same device, of the same dtype, or fp32 where they are bf16.
+        bias: `[N]`; only for a backend whose rule takes one.
+        logits_dtype: one that its rule takes.
 
     Returns:
-        The logits, fp32 `[M, N]`. Up to M = 128 a row's bits do not depend on M with `cluster`.
+        The logits, `[M, N]`. Up to M = 128 a row's bits do not depend on M with `cluster`.
 
     Raises:
         ValueError: an argument is not that; it is named.
     """
     if backend.op is None:
-        return matmul_fp32(hidden_states, weight)
+        return matmul_fp32(hidden_states, weight, bias=bias).to(logits_dtype)
     op = _OPS[backend.name]
     if backend.op_writes_logits:
         logits = empty_logits(hidden_states, weight)
         op(logits, hidden_states, weight)
         return logits
-    returned = op(hidden_states, weight)
+    returned = op(hidden_states, weight, bias, logits_dtype)
     assert returned is not None
     return returned
 

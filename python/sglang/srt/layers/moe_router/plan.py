@@ -110,7 +110,7 @@ def decide(
     if deterministic:
         return Decision(None, _NO_TOKENS, "deterministic inference is on")
     if requested == AUTO:
-        model = find_model(target.num_experts, target.hidden_size, target.dtype)
+        model = find_model(*target[2:])
         auto = model.auto.get(target.sm) if model is not None and target.sm is not None else None
         if auto is None:
             return Decision(None, _NO_TOKENS, _why_not_auto(target))
@@ -138,12 +138,13 @@ def _why_not_auto(target: Target) -> str:
     if not any(target.sm in sms for sms in taken.values()):
         rows = ", ".join(f"{name} on SM {either(list(sms))}" for name, sms in taken.items())
         return f"auto takes {rows} only"
-    shapes = [f"{m.num_experts}, {m.hidden_size}" for m in MODELS if target.sm in m.auto]
-    return (
-        f"N, K is {target.num_experts}, {target.hidden_size}"
-        + (f", weight is {target.dtype}" if target.dtype != torch.bfloat16 else "")
-        + f", auto takes {either(shapes)} on SM {target.sm}"
-    )
+    alike = [
+        Target(target.device, target.sm, *model.gate)
+        for model in MODELS
+        if target.sm in model.auto and model.gate[2:] == target[4:]
+    ]
+    shapes = either(alike) if alike else "none like it"
+    return f"the gate is {target}, auto takes {shapes} on SM {target.sm}"
 
 
 def deterministic_inference() -> bool:
@@ -193,13 +194,15 @@ class Plan:
         hidden_states: torch.Tensor,
         weight: torch.Tensor,
         forward_batch: ForwardBatch | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """fp32 logits `[M, N]` of this call; None where SGLang's own path must serve it.
+        """Logits `[M, N]` of this call; None where SGLang's own path must serve it.
 
         Args:
             hidden_states: `[M, K]`.
             weight: `[N, K]`, one that the plan `is_for`.
             forward_batch: SGLang's batch, where the gate was given it.
+            bias: `[N]`, if the plan's target has one.
         """
         backend = self.decision.backend
         if backend is None:
@@ -212,11 +215,13 @@ class Plan:
         if (
             served
             and not _is_context_parallel(forward_batch)
-            and backend.rule.takes_layout(hidden_states, weight, addresses=plain)
+            and backend.rule.takes_layout(hidden_states, weight, bias, plain)
         ):
+            dtype = self.target.logits_dtype
             if not plain or self.run is None:
-                return router_gemm(backend, hidden_states, weight)
-            return self.run(hidden_states, weight, empty_logits(hidden_states, weight), self.pdl)
+                return router_gemm(backend, hidden_states, weight, bias, dtype)
+            logits = empty_logits(hidden_states, weight, dtype)
+            return self.run(hidden_states, weight, logits, self.pdl, bias)
         if not compiling and self.requested != AUTO:
             _warn_once(self.requested, *self.why_not(hidden_states, weight, forward_batch))
         return None
@@ -295,6 +300,8 @@ def make_plan(
     requested: str | None = None,
     gate: torch.nn.Module | None = None,
     own_forward: OwnForward | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    bias: torch.Tensor | None = None,
 ) -> Plan:
     """The plan of a gate with this weight; loads the kernel. For model load only.
 
@@ -304,6 +311,8 @@ def make_plan(
             the other ranks are not asked.
         gate: whose forward is replaced; with `own_forward` a kernel is held against it.
         own_forward: that forward, `own_forward(gate, hidden_states)`.
+        logits_dtype: what it gives.
+        bias: the gate's `[N]`, if it adds one.
 
     Raises:
         ValueError: an environment variable holds a value that it does not have.
@@ -314,10 +323,10 @@ def make_plan(
         device = torch.device("cuda", torch.cuda.current_device())
     asked = requested or requested_backend()
     settings = deterministic_inference(), pdl_enabled()
-    key = (asked, device, weight.shape, weight.dtype, type(gate), own_forward, *settings)
+    target = _target(weight, device, logits_dtype, bias is not None)
+    key = (asked, target, type(gate), own_forward, *settings)
     if key not in _plans:
-        target = _target(weight, device)
-        ranks = Round(f"{list(weight.shape)} {weight.dtype}") if requested is None else None
+        ranks = Round(str(target)) if requested is None else None
 
         def unavailable(backend: Backend) -> str | None:
             return backend.missing(target.sm) or _reason(load_kernel(backend, target))
@@ -364,12 +373,12 @@ def _without(plan: Plan, reason: str | None) -> Plan:
     return replace(plan, decision=Decision(None, _NO_TOKENS, reason, unavailable=True), run=None)
 
 
-def find_plan(weight: torch.Tensor) -> Plan:
-    """The plan for a weight that came after the load. It loads nothing."""
-    target = _target(weight, weight.device)
+def find_plan(weight: torch.Tensor, before: Plan) -> Plan:
+    """The plan for a weight that came after the load, of a gate that had one. It loads nothing."""
+    target = _target(weight, weight.device, before.target.logits_dtype, before.target.bias)
 
     def unavailable(backend: Backend) -> str | None:
-        return _reason(find_kernel(backend, target.device, target.dtype, *weight.shape))
+        return _reason(find_kernel(backend, target))
 
     plan = _plan(requested_backend(), target, unavailable)
     _warn_at_load(plan)
@@ -380,15 +389,17 @@ def _plan(requested: str, target: Target, unavailable: Callable[[Backend], str |
     decision = decide(requested, target, unavailable, deterministic_inference())
     kernel: Run | str = "none"
     if decision.backend is not None:
-        weight = target.dtype, target.num_experts, target.hidden_size
-        kernel = find_kernel(decision.backend, target.device, *weight)
+        kernel = find_kernel(decision.backend, target)
     run = None if isinstance(kernel, str) else kernel
     return Plan(requested, target, decision, run, pdl_enabled())
 
 
-def _target(weight: torch.Tensor, device: torch.device) -> Target:
+def _target(
+    weight: torch.Tensor, device: torch.device, logits_dtype: torch.dtype, bias: bool
+) -> Target:
     num_experts, hidden_size = weight.shape
-    return Target(device, device_sm(device), num_experts, hidden_size, weight.dtype)
+    sm = device_sm(device)
+    return Target(device, sm, num_experts, hidden_size, weight.dtype, logits_dtype, bias)
 
 
 def _reason(kernel: Run | str) -> str | None:

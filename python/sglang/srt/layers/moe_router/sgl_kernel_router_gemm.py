@@ -27,7 +27,11 @@ def load(target: Target) -> Loaded:
         raise RuntimeError(reason)
 
     def run(
-        hidden_states: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, pdl: bool
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        logits: torch.Tensor,
+        pdl: bool,
+        bias: torch.Tensor | None = None,  # never: the rule of its backend refuses one
     ) -> torch.Tensor:
         # It allocates by itself, and reads TRTLLM_ENABLE_PDL for PDL.
         found: torch.Tensor = kernel(hidden_states, weight, out_dtype=torch.float32)

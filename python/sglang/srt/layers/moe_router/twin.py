@@ -52,20 +52,24 @@ def find_difference(
         name: _random_like(parameter, target.device, generator)
         for name, parameter in gate._parameters.items()
     }
-    weight = twin.weight
+    weight, bias = twin.weight, twin.bias if target.bias else None
     shape = (NUM_TOKENS, target.hidden_size)
     dtype = torch.bfloat16 if target.dtype == torch.float32 else target.dtype
     hidden_states = _random(shape, target.device, dtype, generator)
     rows = min(NUM_TOKENS, num_tokens[-1])
     ours = torch.cat(
         [
-            run(chunk, weight, empty_logits(chunk, weight), False).clone()
+            run(
+                chunk, weight, empty_logits(chunk, weight, target.logits_dtype), False, bias
+            ).clone()
             for chunk in hidden_states.split(rows)
         ]
     )
     theirs = own_forward(twin, hidden_states)
     if theirs.shape != ours.shape:
         return f"SGLang's own gate gives {list(theirs.shape)}, must give {list(ours.shape)}"
+    if ours.dtype not in (torch.float32, theirs.dtype):
+        return f"SGLang's own gate gives {theirs.dtype}, must give {ours.dtype}"
     difference = relative_error(ours, theirs)
     allowed = torch.finfo(theirs.dtype).eps
     if theirs.dtype == torch.float32:

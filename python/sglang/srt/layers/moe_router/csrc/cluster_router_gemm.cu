@@ -1,8 +1,9 @@
-// cluster_router_gemm.cuh for one N and K, as a TVM FFI function.
+// cluster_router_gemm.cuh for one N and K and their dtypes, as a TVM FFI function.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
 
 #include "checks.cuh"
 #include "cluster_router_gemm.cuh"
@@ -22,6 +23,18 @@ constexpr DLDataType kWeight = kFloat32;
 using Weight = __nv_bfloat16;
 constexpr DLDataType kWeight = kBfloat16;
 #endif
+#ifdef ROUTER_GEMM_BF16_LOGITS
+using Logits = __nv_bfloat16;
+constexpr DLDataType kLogits = kBfloat16;
+#else
+using Logits = float;
+constexpr DLDataType kLogits = kFloat32;
+#endif
+#ifdef ROUTER_GEMM_BIAS
+constexpr bool kBias = true;
+#else
+constexpr bool kBias = false;
+#endif
 constexpr const char* kName = "cluster_router_gemm";
 
 // A wide tile has fewer CTAs read each token; with N below 256 it would leave too few of them to
@@ -29,7 +42,8 @@ constexpr const char* kName = "cluster_router_gemm";
 constexpr int kExperts = kNumExperts < 256 || kNumExperts % 32 != 0 ? 16 : 32;
 
 template <int kTokens, bool kManyPasses>
-using ShapeOf = Shape<Weight, kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses>;
+using ShapeOf =
+    Shape<Weight, kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses, Logits, kBias>;
 using Few = ShapeOf<8, false>;
 using Some = ShapeOf<16, false>;
 using Many = ShapeOf<16, true>;
@@ -43,10 +57,15 @@ void prepare(int64_t device) {
   throw_if(allow_shared_memory<Many>(kMaxTokens), kName);
 }
 
-void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pdl) {
+void run(
+    TensorView hidden_states,
+    TensorView weight,
+    TensorView logits,
+    bool pdl,
+    tvm::ffi::Optional<TensorView> bias) {
   check_tensor(hidden_states, "hidden_states", 2, kBfloat16);
   check_tensor(weight, "weight", 2, kWeight);
-  check_tensor(logits, "logits", 2, kFloat32);
+  check_tensor(logits, "logits", 2, kLogits);
   const int64_t num_tokens = hidden_states.size(0);
   if (num_tokens > kMaxTokens) {
     TVM_FFI_THROW(ValueError) << "num_tokens is " << num_tokens << ", must be " << kMaxTokens
@@ -61,6 +80,12 @@ void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pd
   const DLDevice device = hidden_states.device();
   check_same_device(weight, "weight", hidden_states, "on hidden_states' device");
   check_same_device(logits, "logits", hidden_states, "on hidden_states' device");
+  check(bias.has_value() == kBias, "bias", kBias ? "a vector" : "None");
+  if constexpr (kBias) {
+    check_tensor(bias.value(), "bias", 1, kBfloat16);
+    check(bias.value().size(0) == kNumExperts, "bias", "[N]");
+    check_same_device(bias.value(), "bias", hidden_states, "on hidden_states' device");
+  }
   if (num_tokens == 0) {
     return;
   }
@@ -73,10 +98,11 @@ void run(TensorView hidden_states, TensorView weight, TensorView logits, bool pd
   const cudaError_t error = launch_on(
       hidden_states.data_ptr(),
       weight.data_ptr(),
-      static_cast<float*>(logits.data_ptr()),
+      logits.data_ptr(),
       static_cast<int>(num_tokens),
       pdl,
-      stream);
+      stream,
+      kBias ? bias.value().data_ptr() : nullptr);
   throw_if(error, kName);
 }
 

@@ -1,6 +1,6 @@
-// Router GEMM of MoE models: logits[M, N] = hidden_states[M, K] @ weight[N, K].T, hidden_states in
-// bf16, the weight in bf16 or fp32, fp32 out. docs/kernel.md draws who holds what and counts the
-// bytes.
+// Router GEMM of MoE models: logits[M, N] = hidden_states[M, K] @ weight[N, K].T (+ bias[N]),
+// hidden_states in bf16, the weight in bf16 or fp32, the sum in fp32, rounded once where the logits
+// are bf16. docs/kernel.md draws who holds what and counts the bytes.
 //
 // A cluster of 8 CTAs computes kExperts experts; each CTA holds one eighth of K, and each of its
 // warps one chunk of that, loaded from global memory straight into the registers of mma.m16n8k16.
@@ -182,6 +182,26 @@ __device__ __forceinline__ float4 tree_sum(float4 (&values)[kCount]) {
   return values[0];
 }
 
+// ---- Logits ----------------------------------------------------------------------------------
+
+// Adds four bf16.
+__device__ __forceinline__ void add(float4& sum, const uint2& bias) {
+  sum.x += __uint_as_float(bias.x << 16);
+  sum.y += __uint_as_float(bias.x & 0xffff0000u);
+  sum.z += __uint_as_float(bias.y << 16);
+  sum.w += __uint_as_float(bias.y & 0xffff0000u);
+}
+
+__device__ __forceinline__ void store(float* logits, const float4& sum) {
+  *reinterpret_cast<float4*>(logits) = sum;
+}
+
+__device__ __forceinline__ void store(__nv_bfloat16* logits, const float4& sum) {
+  __nv_bfloat162 pairs[2] = {
+      __floats2bfloat162_rn(sum.x, sum.y), __floats2bfloat162_rn(sum.z, sum.w)};
+  *reinterpret_cast<uint2*>(logits) = *reinterpret_cast<uint2*>(pairs);
+}
+
 // ---- Shapes ----------------------------------------------------------------------------------
 
 // kNumExperts is N, kHiddenSize is K. kExperts are computed by one cluster, kTokens in one pass.
@@ -191,9 +211,13 @@ template <
     int kHiddenSize_,
     int kExperts_,
     int kTokens_,
-    bool kManyPasses_>
+    bool kManyPasses_,
+    typename Logits_ = float,
+    bool kBias_ = false>
 struct Shape {
   using Weight = Weight_;  // __nv_bfloat16 or float
+  using Logits = Logits_;  // likewise
+  static constexpr bool kBias = kBias_;  // bf16
   static constexpr int kNumExperts = kNumExperts_, kHiddenSize = kHiddenSize_;
   static constexpr int kExperts = kExperts_, kTokens = kTokens_;
   static constexpr bool kManyPasses = kManyPasses_;
@@ -335,8 +359,9 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
     cluster_router_gemm_kernel(
         const typename S::Weight* __restrict__ weight,
         const __nv_bfloat16* __restrict__ hidden_states,
-        float* __restrict__ logits,
-        unsigned num_tokens) {
+        typename S::Logits* __restrict__ logits,
+        unsigned num_tokens,
+        const __nv_bfloat16* __restrict__ bias) {
   extern __shared__ __align__(16) uint8_t shared[];
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, row = lane / 4;
   const unsigned rank = blockIdx.x % kRanks;
@@ -460,6 +485,10 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
     }
   }
 
+  uint2 bias_of_quad = {};
+  if constexpr (S::kBias) {
+    load_global(bias_of_quad, bias + first_expert + quad * 4);
+  }
   if (thread == 0) {
     barrier_expect(base + S::kBarrier, owned * S::kSlot);
   }
@@ -472,8 +501,11 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
       sums[r] = load_shared(pushed + slot * S::kSlot + r * (S::kExperts * 4));
     }
     const unsigned token = slot * kRanks + rank;
-    float* to = logits + (token * S::kNumExperts + first_expert + quad * 4);
-    *reinterpret_cast<float4*>(to) = tree_sum(sums);
+    float4 sum = tree_sum(sums);
+    if constexpr (S::kBias) {
+      add(sum, bias_of_quad);
+    }
+    store(logits + (token * S::kNumExperts + first_expert + quad * 4), sum);
   }
 }
 
@@ -493,10 +525,11 @@ template <typename S>
 cudaError_t launch(
     const void* hidden_states,
     const void* weight,
-    float* logits,
+    void* logits,
     int num_tokens,
     bool pdl,
-    cudaStream_t stream) {
+    cudaStream_t stream,
+    const void* bias = nullptr) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = pdl;
@@ -512,8 +545,9 @@ cudaError_t launch(
       cluster_router_gemm_kernel<S>,
       static_cast<const typename S::Weight*>(weight),
       static_cast<const __nv_bfloat16*>(hidden_states),
-      logits,
-      static_cast<unsigned>(num_tokens));
+      static_cast<typename S::Logits*>(logits),
+      static_cast<unsigned>(num_tokens),
+      static_cast<const __nv_bfloat16*>(bias));
 }
 
 }  // namespace router_gemm
