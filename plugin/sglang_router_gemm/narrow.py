@@ -9,7 +9,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 
@@ -40,9 +40,9 @@ def narrowed(module: ModuleType, name: str, method: str, gate: str) -> Callable[
             raise ValueError(f"{where} calls {ast.unparse(call)}, must give it .to(torch.float32)")
         call.args = [given.func.value]
     ast.increment_lineno(tree, own.__code__.co_firstlineno - 1)
-    scope: dict[str, Any] = {}
-    exec(compile(tree, own.__code__.co_filename, "exec"), vars(module), scope)
-    return scope[method]
+    compiled = compile(tree, own.__code__.co_filename, "exec").co_consts
+    code = next(each for each in compiled if isinstance(each, CodeType) and each.co_name == method)
+    return FunctionType(code, vars(module), method, own.__defaults__)
 
 
 _CASTS = (".to(torch.float32)", ".to(dtype=torch.float32)")
