@@ -22,7 +22,7 @@ import torch
 import wrapt
 
 from sglang_router_gemm.contract import GATE_CLASS, examine, examine_routing
-from sglang_router_gemm.narrow import narrowed
+from sglang_router_gemm.narrow import ATTRIBUTE, narrowed
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe_router.models import Gate
@@ -221,6 +221,7 @@ def _planned(linear: Any) -> Any:
         "__qualname__": linear.__qualname__,
         "forward": functools.wraps(own_forward)(forward),
         "own_logits": staticmethod(own_logits),
+        ATTRIBUTE: torch.bfloat16,
     }
     return type(linear.__name__, (linear,), body)
 

@@ -12,9 +12,14 @@ from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+ATTRIBUTE = "router_input_dtype"
+"""What a gate has that takes hidden_states of another dtype. Under LoRA, say, it is wrapped."""
+
+_CASTS = ("to(torch.float32)", "to(dtype=torch.float32)")
+
 
 def narrowed(module: ModuleType, name: str, method: str, gate: str) -> Callable[..., Any]:
-    """A method that gives its gate hidden_states as they are, and is SGLang's own otherwise.
+    """A method of SGLang's that asks its gate what to cast hidden_states to.
 
     Args:
         module: one of SGLang's.
@@ -33,19 +38,18 @@ def narrowed(module: ModuleType, name: str, method: str, gate: str) -> Callable[
     calls: list[Any] = [node for node in ast.walk(tree) if _calls(node, f"self.{gate}")]
     if not calls:
         raise ValueError(f"{where} does not call self.{gate}")
+    wanted = f"getattr(self.{gate}, {ATTRIBUTE!r}, torch.float32)"
     for call in calls:
-        given = call.args[0] if len(call.args) == 1 else call
-        wide = isinstance(given, ast.Call) and isinstance(given.func, ast.Attribute)
-        if not wide or not ast.unparse(given).endswith(_CASTS):
+        cast = call.args[0] if len(call.args) == 1 else None
+        if not isinstance(cast, ast.Call) or not ast.unparse(cast).endswith(_CASTS):
             raise ValueError(f"{where} calls {ast.unparse(call)}, must give it .to(torch.float32)")
-        call.args = [given.func.value]
+        dtype = ast.parse(wanted, mode="eval").body
+        cast.args, cast.keywords = [ast.copy_location(dtype, cast)], []
+    ast.fix_missing_locations(tree)
     ast.increment_lineno(tree, own.__code__.co_firstlineno - 1)
     compiled = compile(tree, own.__code__.co_filename, "exec").co_consts
     code = next(each for each in compiled if isinstance(each, CodeType) and each.co_name == method)
     return FunctionType(code, vars(module), method, own.__defaults__)
-
-
-_CASTS = (".to(torch.float32)", ".to(dtype=torch.float32)")
 
 
 def _calls(node: ast.AST, function: str) -> bool:

@@ -242,6 +242,9 @@ class Stop(Exception): pass
 def record(linear, given):
     print("GIVEN", given[0].dtype)
     raise Stop
+def record_wrapped(linear, given):
+    print("WRAPPED", given[0].dtype)
+    raise Stop
 with blocks.one_rank("cpu"), torch.no_grad():
     block, linear = blocks.build(gate, 32, 128)
     hidden_states = torch.randn(5, 128, dtype=torch.bfloat16)
@@ -255,10 +258,15 @@ with blocks.one_rank("cpu"), torch.no_grad():
         arguments = [hidden_states, None][: 2 if method == "forward_deepep" else 1]
         if method == "_forward_dual_stream":
             continue  # it needs a GPU
-        try:
-            getattr(block, method)(*arguments)
-        except Stop:
-            pass
+        for wrapped in (False, True):  # as LoRA wraps a layer, which calls its quant_method
+            if wrapped:
+                setattr(block, gate.linear, torch.nn.Sequential(linear))
+                getattr(block, gate.linear).register_forward_pre_hook(record_wrapped)
+            try:
+                getattr(block, method)(*arguments)
+            except Stop:
+                pass
+            setattr(block, gate.linear, linear)
 print(linear.weight.dtype, logits.dtype, linear.bias is not None, served)
 """
 
@@ -278,8 +286,40 @@ def test_gates_that_are_linear_layers(
     bias = gate.module == "gpt_oss"
     assert said.splitlines()[-1] == f"{dtype} {dtype} {bias} {served}"
     given = "GIVEN torch.bfloat16" if served else "GIVEN torch.float32"
-    seen = [line for line in said.splitlines() if line.startswith("GIVEN")]
-    assert set(seen) == ({given} if gate.casting else set())
+    seen = {line for line in said.splitlines() if line.startswith(("GIVEN", "WRAPPED"))}
+    assert seen == ({given, "WRAPPED torch.float32"} if gate.casting else set())
+
+
+OTHER_METHOD = """
+import sys, types
+import torch
+from sglang_router_gemm.narrow import narrowed
+import sglang.srt.models.minimax_m2 as minimax
+for method, gate in (("forward_normal", "topk"), ("forward_normal", "router"), ("nothing", "gate")):
+    try:
+        narrowed(minimax, "MiniMaxM2MoE", method, gate)
+    except ValueError as error:
+        print("REFUSED", error)
+own = minimax.MiniMaxM2MoE.forward_normal
+same = narrowed(minimax, "MiniMaxM2MoE", "forward_normal", "gate")
+first = [each.__code__.co_firstlineno for each in (own, same)]
+print(first[0] == first[1], same.__globals__ is vars(minimax))
+minimax.MiniMaxM2MoE.forward_normal = lambda self, hidden_states: None
+try:
+    narrowed(minimax, "MiniMaxM2MoE", "forward_normal", "gate")
+except ValueError as error:
+    print("REFUSED", error)
+"""
+
+
+def test_a_method_that_is_not_as_expected_is_refused(fork_python: Callable[..., str]) -> None:
+    said = fork_python(OTHER_METHOD).splitlines()
+    where = "REFUSED sglang.srt.models.minimax_m2.MiniMaxM2MoE"
+    assert said[-5].startswith(f"{where}.forward_normal calls self.topk(hidden_states, router_log")
+    assert said[-4] == f"{where}.forward_normal does not call self.router"
+    assert said[-3] == f"{where}.nothing must be a plain function of SGLang's"
+    assert said[-2] == "True True"
+    assert said[-1] == f"{where}.forward_normal must be a plain function of SGLang's"
 
 
 OTHER_FORWARD = """

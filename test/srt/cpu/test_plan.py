@@ -295,3 +295,60 @@ def test_why_not_names_what_a_call_lacks(plan: Plan) -> None:
         "alignment",
         "tensors must start at a multiple of 16 bytes",
     )
+
+
+def _plan_of(
+    forward: Callable[..., torch.Tensor], has_bias: bool, logits_dtype: torch.dtype
+) -> tuple[torch.nn.Linear, Plan]:
+    gate = torch.nn.Linear(64, 32, bias=has_bias, dtype=torch.bfloat16).requires_grad_(False)
+    torch.nn.init.normal_(gate.weight)
+    bias = gate.bias if has_bias else None
+    return gate, make_plan(
+        gate.weight, gate=gate, own_forward=forward, logits_dtype=logits_dtype, bias=bias
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "has_bias", "logits_dtype", "difference"),
+    [
+        (lambda gate, x: gate(x), False, torch.bfloat16, None),
+        (lambda gate, x: gate(x), True, torch.bfloat16, None),
+        (lambda gate, x: gate(x), True, torch.float32, None),  # a better result than asked for
+        (lambda gate, x: gate(x).float(), False, torch.bfloat16, "gives torch.float32, must give"),
+        (lambda gate, x: gate(x) - gate.bias, True, torch.bfloat16, "the logits differ by"),
+        (lambda gate, x: gate(x)[:, :16], False, torch.bfloat16, "gives [32, 16], must give"),
+    ],
+)
+def test_bf16_logits_and_a_bias_are_held_against_sglangs_own(
+    forward: Callable[..., torch.Tensor],
+    has_bias: bool,
+    logits_dtype: torch.dtype,
+    difference: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    publish_server_args: Callable[..., None],
+) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch")
+    gate, plan = _plan_of(forward, has_bias, logits_dtype)
+    if difference is not None:
+        assert served(plan.decision) == NOBODY
+        assert difference in plan.decision.reason
+        return
+    rows = torch.randn(5, 64, dtype=torch.bfloat16)
+    bias = gate.bias if has_bias else None
+    with torch.no_grad():
+        logits, expected = plan.logits(rows, gate.weight, None, bias), gate(rows)
+    assert logits is not None
+    assert logits.dtype == logits_dtype
+    torch.testing.assert_close(logits.bfloat16(), expected, rtol=1e-2, atol=2e-2)
+
+
+def test_a_bias_that_no_kernel_can_read_is_left_to_sglang() -> None:
+    rule = BACKENDS["cluster"].rule
+    rows, weight = (torch.zeros(n, 64, dtype=torch.bfloat16) for n in (4, 32))
+    room = torch.zeros(72, dtype=torch.bfloat16)
+    assert rule.takes_layout(rows, weight, room[:32])
+    assert not rule.takes_layout(rows, weight, room[1:33])
+    assert rule.takes_layout(rows, weight, room[1:33], addresses=False)
+    assert not rule.takes_layout(rows, weight, room[:64:2])
+    assert not rule.takes_layout(rows, weight, room[:32].float())
+    assert BACKENDS["torch"].rule.takes_layout(rows, weight, room[:32].float())

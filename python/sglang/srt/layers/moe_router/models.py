@@ -103,7 +103,7 @@ class Gate(NamedTuple):
     logits_dtype: torch.dtype | None = torch.float32
     """None where the logits have the weight's."""
     casting: tuple[str, ...] = ()
-    """The methods of the class that widen hidden_states for the gate, which then need not be."""
+    """The methods of the class that widen hidden_states for the gate, in a launch of their own."""
 
 
 # The plugin hooks these as it hooks `MoEGate`. To add one, add a row.
