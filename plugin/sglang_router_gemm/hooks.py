@@ -8,11 +8,13 @@ what is imported, and by then ours is part of it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -39,13 +41,17 @@ def register() -> None:
     from sglang.srt.layers.moe_router.models import GATES
 
     others = {
-        f"sglang.srt.models.{each.module}": functools.partial(
-            patch_plain_gate if each.linear is None else patch_linear_gate, each
-        )
+        f"sglang.srt.models.{each.module}": functools.partial(_patch_of(each), each)
         for each in GATES
     }
     for name, patch in (PATCHES | others).items():
         wrapt.register_post_import_hook(functools.partial(_guarded, patch), name)
+
+
+def _patch_of(gate: Gate) -> Callable[[Gate, ModuleType], None]:
+    if gate.linear is None:
+        return patch_plain_gate
+    return patch_linear_gate if gate.method is None else patch_method_gate
 
 
 def _guarded(patch: Callable[[ModuleType], None], module: ModuleType) -> None:
@@ -87,24 +93,30 @@ def patch_gate(model: ModuleType) -> None:
 
 def patch_plain_gate(gate: Gate, model: ModuleType) -> None:
     """The same for a gate of `models.GATES` that is a class."""
-    if not _is_there(gate, model):
-        return
-    taken = ", ".join(inspect.signature(getattr(model, gate.name).forward).parameters)
-    if taken != "self, hidden_states":
-        logger.warning(
-            "Router GEMM: this SGLang's %s.%s does not fit, it serves itself: forward takes (%s), "
-            "must take (self, hidden_states).",
-            model.__name__,
-            gate.name,
-            taken,
-        )
-        return
-    _hook(model, gate.name, _plain_forward, gate.logits_dtype)
+    if _is_there(gate, model) and _fits(gate, model, "forward"):
+        _hook(model, gate.name, _plain_forward, gate.logits_dtype)
 
 
 def _is_there(gate: Gate, model: ModuleType) -> bool:
     """Whether a gate may be hooked: older releases lack some, and `patch_gate` warns of others."""
     return hasattr(model, gate.name) and _contract(_package(model)).problem is None
+
+
+def _fits(gate: Gate, model: ModuleType, method: str) -> bool:
+    """Whether the method that gives the logits takes hidden_states alone; warns if not."""
+    own = getattr(getattr(model, gate.name), method, None)
+    taken = ", ".join(inspect.signature(own).parameters) if own is not None else "nothing"
+    if taken == "self, hidden_states":
+        return True
+    logger.warning(
+        "Router GEMM: this SGLang's %s.%s does not fit, it serves itself: %s takes (%s), "
+        "must take (self, hidden_states).",
+        model.__name__,
+        gate.name,
+        method,
+        taken,
+    )
+    return False
 
 
 def _hook(
@@ -251,6 +263,45 @@ def _plain_forward(own_forward: Callable[..., torch.Tensor]) -> Callable[..., to
         return own_forward(gate, hidden_states) if logits is None else logits
 
     return forward
+
+
+def patch_method_gate(gate: Gate, model: ModuleType) -> None:
+    """The same where a method of the class multiplies by the linear layer's weight."""
+    assert gate.linear is not None
+    assert gate.method is not None
+    if not (_is_there(gate, model) and _fits(gate, model, gate.method)):
+        return
+    block_class = _class_of(model, gate.name)
+    if block_class is None:
+        return
+    from sglang.srt.layers.linear import ReplicatedLinear
+    from sglang.srt.models.deepseek_v2_gate import plan_gate, router_logits
+
+    attribute = gate.linear
+    own: Callable[..., torch.Tensor] = getattr(block_class, gate.method)
+
+    def own_logits(linear: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        twin = copy.copy(linear.router_block())
+        twin.__dict__["_modules"] = twin._modules | {attribute: linear}
+        return own(twin, hidden_states)
+
+    def plan(block: Any) -> None:
+        linear = getattr(block, attribute)
+        if isinstance(linear, ReplicatedLinear) and linear.bias is None:
+            linear.router_block = weakref.ref(block)
+            try:
+                plan_gate(linear, own_logits, gate.logits_dtype or linear.weight.dtype)
+            finally:
+                del linear.router_block
+
+    def method(block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        linear = getattr(block, attribute)
+        planned = getattr(linear, "router_plan", None) is not None
+        logits = router_logits(linear, hidden_states) if planned else None
+        return own(block, hidden_states) if logits is None else logits
+
+    _plan_after_init(block_class, plan)
+    setattr(block_class, gate.method, functools.wraps(own)(method))
 
 
 # ---- The routing behind it ---------------------------------------------------------------------

@@ -41,6 +41,9 @@ def config(num_experts: int, hidden_size: int) -> SimpleNamespace:
         activation_situ_beta=None,
         activation_situ_linear_beta=None,
         swiglu_limit=7.0,
+        swiglu_alpha=1.702,
+        n_group=1,
+        router_bias=False,
         dtype=torch.bfloat16,
     )
 

@@ -43,6 +43,42 @@ def test_the_gate_of_glm(precision: str, run_python: Callable[..., str]) -> None
     assert "RIGHT" in said.splitlines(), said
 
 
+METHOD = """
+import torch
+import sglang_router_gemm
+from sglang_router_gemm import hooks
+hooks.register()
+import blocks
+from sglang.srt.layers.moe_router.models import GATES
+gate = next(each for each in GATES if each.module == "{module}")
+with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
+    block, linear = blocks.build(gate, {num_experts}, {hidden_size})
+    method = getattr(type(block), gate.method)
+    for num_tokens in (1, 8, 16, 33, 128, 129):
+        hidden_states = torch.randn(num_tokens, {hidden_size}, dtype=torch.bfloat16)
+        logits, own = method(block, hidden_states), method.__wrapped__(block, hidden_states)
+        assert logits.dtype == own.dtype == torch.float32
+        expected = hidden_states.double() @ linear.weight.double().t()
+        error = float((logits.double() - expected).norm() / expected.norm())
+        assert error < (1e-6 if num_tokens <= 128 else 1e-5), (num_tokens, error)
+        torch.testing.assert_close(logits, own, rtol=1e-3, atol=1e-2)
+    assert linear.router_plan.decision.backend is not None, linear.router_plan.decision.reason
+print("RIGHT")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "num_experts", "hidden_size"),
+    [("longcat_flash", 768, 6144), ("minimax_m3", 128, 6144), ("beam", 256, 5120)],
+)
+def test_the_gates_whose_block_multiplies(
+    module: str, num_experts: int, hidden_size: int, run_python: Callable[..., str]
+) -> None:
+    code = METHOD.format(module=module, num_experts=num_experts, hidden_size=hidden_size)
+    said = run_python(code, SGLANG_ROUTER_GEMM_BACKEND="cluster")
+    assert "RIGHT" in said.splitlines(), said
+
+
 LINEAR = """
 import torch
 import sglang_router_gemm

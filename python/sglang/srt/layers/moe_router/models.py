@@ -93,7 +93,8 @@ class Gate(NamedTuple):
     """Where SGLang has a model's gate, other than in DeepSeek's `MoEGate`.
 
     That is a class with `weight`, whose `forward(hidden_states)` gives the logits and does nothing
-    but multiply. Or, with `linear`, it is a `ReplicatedLinear` under that name in a class.
+    but multiply. Or, with `linear`, it is a `ReplicatedLinear` under that name in a class, whose
+    weight a `method(hidden_states)` of that class multiplies by itself where one is named.
     """
 
     module: str
@@ -104,6 +105,7 @@ class Gate(NamedTuple):
     """None where the logits have the weight's."""
     casting: tuple[str, ...] = ()
     """The methods of the class that widen hidden_states for the gate, in a launch of their own."""
+    method: str | None = None
 
 
 # The plugin hooks these as it hooks `MoEGate`. To add one, add a row.
@@ -128,6 +130,9 @@ GATES: tuple[Gate, ...] = (
         None,
         ("_forward_single_stream", "_forward_dual_stream"),
     ),
+    Gate("longcat_flash", "LongcatFlashRouter", "classifier", method="forward"),
+    Gate("minimax_m3", "MiniMaxM3MoE", "gate", method="_compute_router_logits"),
+    Gate("beam", "BeamMoE", "gate", method="_router_logits"),
 )
 
 
