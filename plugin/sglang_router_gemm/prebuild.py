@@ -162,7 +162,7 @@ def _routing(backend: str | None, target: Target) -> tuple[int, int, int] | None
     """The routing behind a gate of the table, where the same setting takes our kernel for it."""
     from sglang.srt.layers.moe_router.models import find_model
 
-    model = find_model(*target[2:])
+    model = find_model(*target.gate)
     route = model.route if model is not None else None
     taken = route is not None and target.sm in route.auto
     if route is None or not (backend == "cluster" or (backend is None and taken)):

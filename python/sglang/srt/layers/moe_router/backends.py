@@ -24,6 +24,7 @@ from sglang.srt.layers.moe_router import (
 )
 from sglang.srt.layers.moe_router.isolation import LimitExceededError, run_isolated
 from sglang.srt.layers.moe_router.kernel import (
+    ALIGNMENT_BYTES,
     Loaded,
     Run,
     Target,
@@ -111,18 +112,16 @@ class Rule(NamedTuple):
         kernel_takes = self.any_layout or hidden_states.dtype == torch.bfloat16
         if not kernel_takes or not fits(hidden_states, weight):
             return False
-        if bias is not None and not (
-            self.any_layout
-            or (
-                bias.dtype == torch.bfloat16
-                and bias.is_contiguous()
-                and (not addresses or is_aligned(bias, bias))
-            )
-        ):
+        if bias is not None and not (self.any_layout or _is_readable(bias, addresses)):
             return False
         # FlashInfer < 0.7 does not check row strides.
         dense = self.any_layout or (hidden_states.is_contiguous() and weight.is_contiguous())
         return dense and (self.any_layout or not addresses or is_aligned(hidden_states, weight))
+
+
+def _is_readable(bias: torch.Tensor, address: bool) -> bool:
+    aligned = not address or bias.data_ptr() % ALIGNMENT_BYTES == 0
+    return bias.dtype == torch.bfloat16 and bias.is_contiguous() and aligned
 
 
 def either(values: Sequence[object]) -> str:
@@ -181,7 +180,7 @@ _loaded: dict[tuple[object, ...], Run | str] = {}
 
 
 def _key(backend: Backend, target: Target) -> tuple[object, ...]:
-    return backend.name, target.device, *target[2:]  # its SM is the device's
+    return backend.name, target.device, target.gate  # its SM is the device's
 
 
 def find_kernel(backend: Backend, target: Target) -> Run | str:

@@ -26,8 +26,13 @@ class Target(NamedTuple):
     logits_dtype: torch.dtype = torch.float32
     bias: bool = False
 
+    @property
+    def gate(self) -> tuple[int, int, torch.dtype, torch.dtype, bool]:
+        """What it computes, wherever."""
+        return self[2:]
+
     def __str__(self) -> str:
-        """What it computes, as a person writes it."""
+        """The same, as a person writes it."""
         text = f"[{self.num_experts}, {self.hidden_size}]"
         if self.dtype != torch.bfloat16:
             text += f" {dtype_name(self.dtype)}"

@@ -93,8 +93,7 @@ class Gate(NamedTuple):
     """Where SGLang has a model's gate, other than in DeepSeek's `MoEGate`.
 
     That is a class with `weight`, whose `forward(hidden_states)` gives the logits and does nothing
-    but multiply. Or, with `linear`, it is a `ReplicatedLinear` under that name in a class, whose
-    weight a `method(hidden_states)` of that class multiplies by itself where one is named.
+    but multiply. Or, with `linear`, a `ReplicatedLinear` under that name in a class.
     """
 
     module: str
@@ -106,29 +105,39 @@ class Gate(NamedTuple):
     casting: tuple[str, ...] = ()
     """The methods of the class that widen hidden_states for the gate, in a launch of their own."""
     method: str | None = None
+    """What gives the logits from the layer's weight, `method(hidden_states)` of the class, where
+    that is not the layer's own forward."""
 
+
+_AS_WEIGHT = None
 
 # The plugin hooks these as it hooks `MoEGate`. To add one, add a row.
 GATES: tuple[Gate, ...] = (
     Gate("glm4_moe", "Glm4MoeGate"),  # GLM-4.5, 4.6
     Gate("glm4_moe_lite", "Glm4MoeLiteGate"),  # GLM-4.7-Flash
     Gate("mimo_v2", "MoEGate"),  # MiMo-V2
-    Gate("bailing_moe", "BailingMoEGate", None, torch.bfloat16),  # Ling 1, Ring
-    Gate("bailing_moe_linear", "BailingMoEGate", None, torch.bfloat16),  # Ring-linear
-    Gate("dots3_common.modeling", "Dots3MoEGate", None, None),
-    Gate("ernie4", "MoEGate", None, None),
-    Gate("qwen2_moe", "Qwen2MoeSparseMoeBlock", "gate", None),  # Qwen3-Next, Qwen3.5, too
-    Gate("qwen3_moe", "Qwen3MoeSparseMoeBlock", "gate", None),
-    Gate("kimi_linear", "KimiMoE", "gate", None),
-    Gate("hunyuan", "HunYuanSparseMoeBlock", "gate", None),
-    Gate("gpt_oss", "GptOssSparseMoeBlock", "router", None),
-    Gate("minimax_m2", "MiniMaxM2MoE", "gate", None, ("forward_normal", "forward_deepep")),
+    Gate("bailing_moe", "BailingMoEGate", logits_dtype=torch.bfloat16),  # Ling 1, Ring
+    Gate("bailing_moe_linear", "BailingMoEGate", logits_dtype=torch.bfloat16),  # Ring-linear
+    Gate("dots3_common.modeling", "Dots3MoEGate", logits_dtype=_AS_WEIGHT),
+    Gate("ernie4", "MoEGate", logits_dtype=_AS_WEIGHT),
+    Gate("qwen2_moe", "Qwen2MoeSparseMoeBlock", "gate", _AS_WEIGHT),  # Qwen3-Next, Qwen3.5, too
+    Gate("qwen3_moe", "Qwen3MoeSparseMoeBlock", "gate", _AS_WEIGHT),
+    Gate("kimi_linear", "KimiMoE", "gate", _AS_WEIGHT),
+    Gate("hunyuan", "HunYuanSparseMoeBlock", "gate", _AS_WEIGHT),
+    Gate("gpt_oss", "GptOssSparseMoeBlock", "router", _AS_WEIGHT),
+    Gate(
+        "minimax_m2",
+        "MiniMaxM2MoE",
+        "gate",
+        _AS_WEIGHT,
+        casting=("forward_normal", "forward_deepep"),
+    ),
     Gate(
         "hunyuan_v3",
         "HYV3MoEFused",
         "gate",
-        None,
-        ("_forward_single_stream", "_forward_dual_stream"),
+        _AS_WEIGHT,
+        casting=("_forward_single_stream", "_forward_dual_stream"),
     ),
     Gate("longcat_flash", "LongcatFlashRouter", "classifier", method="forward"),
     Gate("minimax_m3", "MiniMaxM3MoE", "gate", method="_compute_router_logits"),

@@ -110,7 +110,7 @@ def decide(
     if deterministic:
         return Decision(None, _NO_TOKENS, "deterministic inference is on")
     if requested == AUTO:
-        model = find_model(*target[2:])
+        model = find_model(*target.gate)
         auto = model.auto.get(target.sm) if model is not None and target.sm is not None else None
         if auto is None:
             return Decision(None, _NO_TOKENS, _why_not_auto(target))
@@ -141,7 +141,7 @@ def _why_not_auto(target: Target) -> str:
     alike = [
         Target(target.device, target.sm, *model.gate)
         for model in MODELS
-        if target.sm in model.auto and model.gate[2:] == target[4:]
+        if target.sm in model.auto and model.gate[2:] == target.gate[2:]
     ]
     shapes = either(alike) if alike else "none like it"
     return f"the gate is {target}, auto takes {shapes} on SM {target.sm}"
