@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import _setup  # noqa: F401
+import torch
 from dsv3_server import (
     Server,
     argument_parser,
@@ -98,14 +98,9 @@ def send(server: Server, errors: list[str], request: Request) -> list[int] | Non
 
 
 def used_mib() -> int:
-    """Memory of the GPU that is in use, by everyone."""
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout.split()[0])
+    """Memory of the GPU that is in use, by everyone, with the context that this process has."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) >> 20
 
 
 def load(server: Server, done: Pass, clients: int) -> None:

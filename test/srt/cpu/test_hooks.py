@@ -337,6 +337,46 @@ def test_gates_whose_block_multiplies(gate: Gate, fork_python: Callable[..., str
         assert said.splitlines()[-1] == "torch.float32 torch.float32 True"
 
 
+NOT_PLAIN = """
+import torch
+import sglang_router_gemm
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import blocks
+import sglang.srt.models.deepseek_v2_gate as planned
+from sglang.srt.layers.moe_router.models import GATES
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+class Packed(UnquantizedLinearMethod):
+    pass
+gate = next(each for each in GATES if each.module == "qwen3_moe")
+def build():
+    block, linear = blocks.build(gate, 32, 128)
+    return hasattr(linear, "own_logits")
+with blocks.one_rank("cpu"), torch.no_grad():
+    print(build())
+    planned.is_cpu = lambda: True  # SGLang's engine on a CPU
+    print(build())
+    planned.is_cpu = lambda: False
+    from sglang.srt.layers.linear import LinearBase
+    own_init = LinearBase.__init__
+    def init(layer, *args, **kwargs):
+        own_init(layer, *args, **kwargs)
+        layer.quant_method.__class__ = Packed
+    LinearBase.__init__ = init
+    print(build())
+    LinearBase.__init__ = own_init
+    import sglang.srt.models.qwen3_moe as qwen
+    qwen.ReplicatedLinear = lambda *args, **kwargs: torch.nn.Linear(128, 32, bias=False)
+    print(build())
+"""
+
+
+def test_a_linear_layer_that_is_not_plain_is_left_alone(fork_python: Callable[..., str]) -> None:
+    """Its weight may be packed or quantised, or it is somebody else's."""
+    said = fork_python(NOT_PLAIN, SGLANG_ROUTER_GEMM_BACKEND="torch")
+    assert said.splitlines()[-4:] == ["True", "False", "False", "False"]
+
+
 OTHER_METHOD = """
 import sys, types
 import torch

@@ -11,6 +11,7 @@ from torch import nn
 from sglang.srt.layers.moe_router.backends import matmul_fp32
 from sglang.srt.layers.moe_router.plan import Plan, find_plan, make_plan
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.utils import is_cpu
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -77,7 +78,8 @@ def plan_gate(
     """
     gate.router_plan = None
     method = getattr(gate, "quant_method", None)
-    if method is None or type(method) is UnquantizedLinearMethod:  # else its bytes may be others
+    plain = type(method) is UnquantizedLinearMethod and not is_cpu()  # for AMX it packs the weight
+    if method is None or plain:  # else its bytes may not be what they seem
         gate.router_plan = make_plan(
             gate.weight,
             gate=gate,
