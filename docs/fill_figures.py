@@ -33,7 +33,7 @@ try:
         SGLANG_ROUTER_GEMM_BACKEND,
         SGLANG_ROUTER_GEMM_PDL,
     )
-    from sglang.srt.layers.moe_router.kernel import Target
+    from sglang.srt.layers.moe_router.kernel import Target, dtype_name
     from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Auto, Model
 except ModuleNotFoundError as error:
     sys.exit(how_to_call(error))
@@ -122,11 +122,13 @@ def backends_table(backends: Iterable[Backend]) -> str:
                 backend.kernel,
                 sm,
                 *map(_values, (rule.num_experts, rule.hidden_sizes, rule.num_tokens)),
-                " or ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes),
+                " or ".join(map(dtype_name, rule.dtypes)),
+                " or ".join(map(dtype_name, rule.logits_dtypes))
+                + (", with a bias or without" if rule.bias else ""),
                 layout,
             )
         )
-    return _github(rows, ("backend", "kernel", "SM", "N", "K", "M", "dtype", "tensors"))
+    return _github(rows, ("backend", "kernel", "SM", "N", "K", "M", "weight", "logits", "tensors"))
 
 
 def auto_table(models: Iterable[Model]) -> str:

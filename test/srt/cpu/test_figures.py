@@ -127,18 +127,22 @@ def test_the_backends_are_those_of_the_records(tmp_path: Path) -> None:
     _, _, *rows = _rows(_filled(tmp_path / "text.md", "backends"))
     assert [row[0].split("`")[1] for row in rows] == list(BACKENDS)
     cluster, flashinfer, _, matmul = rows
-    assert cluster[2:7] == [
+    assert cluster[2:8] == [
         "90 or newer",
         "a multiple of 16 up to 1024",
         "a multiple of 64 up to 8192",
         "0 to 128",
         "bfloat16 or float32",
+        "float32 or bfloat16, with a bias or without",
     ]
+    assert flashinfer[6:8] == ["bfloat16", "float32"]
     assert cluster[0] == "`cluster` (measured on SM 90)"
     assert flashinfer[3:6] == ["256", "7168", "1 to 16"]
     assert matmul[2:] == [
         *("any, and the CPU", "any", "any", "any"),
-        *("bfloat16 or float16 or float32", "any"),
+        "bfloat16 or float16 or float32",
+        "float32 or bfloat16 or float16, with a bias or without",
+        "any",
     ]
     wider = replace(BACKENDS["cluster"], rule=BACKENDS["cluster"].rule._replace(min_sm=120))
     assert "120 or newer" in fill_figures.backends_table([wider])
@@ -147,13 +151,13 @@ def test_the_backends_are_those_of_the_records(tmp_path: Path) -> None:
 def test_auto_is_that_of_the_models(tmp_path: Path) -> None:
     _, _, *rows = _rows(_filled(tmp_path / "text.md", "auto"))
     assert {row[0] for row in rows} == {model.name for model in MODELS if model.auto}
-    assert rows[0] == ["DeepSeek-V3", "256 x 7168", "90", "1-128", "`cluster`"]
-    assert rows[1] == ["DeepSeek-V3", "256 x 7168", "100, 103", "1-16", "`flashinfer`"]
+    assert rows[0] == ["DeepSeek-V3", "[256, 7168]", "90", "1-128", "`cluster`"]
+    assert rows[1] == ["DeepSeek-V3", "[256, 7168]", "100, 103", "1-16", "`flashinfer`"]
     auto = {90: Auto("cluster", range(2, 9)), 120: Auto("torch", range(1, 2))}
     new = Model("New", 64, 512, auto, dtype=torch.float32)
     assert _rows(fill_figures.auto_table([new]))[2:] == [
-        ["New", "64 x 512 fp32", "90", "2-8", "`cluster`"],
-        ["New", "64 x 512 fp32", "120", "1-1", "`torch`"],
+        ["New", "[64, 512] float32", "90", "2-8", "`cluster`"],
+        ["New", "[64, 512] float32", "120", "1-1", "`torch`"],
     ]
 
 
@@ -189,3 +193,18 @@ def test_a_python_that_lacks_a_module_is_told_in_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "fill_figures.py: No module named" in done.stderr
+
+
+def test_the_other_gates_are_shown_with_their_peers(tmp_path: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted((BENCHMARKS / "gates").glob("*.json"))]
+    _, _, *rows = _rows(_filled(tmp_path / "text.md", "gates"))
+    assert len(rows) == sum(len(run["num_tokens"]) for run in runs)
+    found = {(row[0], row[1]): row[2:] for row in rows}
+    fp32 = found["[160, 5120] float32", "16"]
+    assert all(map(float, fp32[:2]))
+    assert fp32[2].endswith(" SGLang tiny_gemm")
+    bias = found["[128, 2880] with a bias, bfloat16 logits", "128"]
+    assert bias[1] == ""  # TF32 is for fp32 weights
+    assert bias[2].endswith(" FlashInfer tinygemm")
+    assert all(float(row[-1]) < float(row[2]) for row in rows)  # than F.linear
+    assert fill_figures.gates([]) == fill_figures.NO_RESULTS
