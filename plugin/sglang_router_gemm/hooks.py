@@ -180,7 +180,34 @@ def _plan_after_init(hooked: Any, plan: Callable[[Any], None]) -> None:
     hooked.__init__ = init
 
 
-# ---- A gate that is a linear layer --------------------------------------------------------------
+def _forward_with_batch(own_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    from sglang.srt.models.deepseek_v2_gate import router_logits
+
+    def forward(
+        gate: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        gemm_output_zero_allocator: Any = None,
+        forward_batch: Any = None,
+    ) -> torch.Tensor:
+        logits = router_logits(gate, hidden_states, forward_batch)
+        if logits is not None:
+            return logits
+        return own_forward(gate, hidden_states, gemm_output_zero_allocator, forward_batch)
+
+    return forward
+
+
+def _plain_forward(own_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    from sglang.srt.models.deepseek_v2_gate import router_logits
+
+    def forward(gate: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = router_logits(gate, hidden_states)
+        return own_forward(gate, hidden_states) if logits is None else logits
+
+    return forward
+
+
+# ---- A gate that is a linear layer -------------------------------------------------------------
 
 
 def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
@@ -199,7 +226,8 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
 
     def plan(block: Any) -> None:
         linear = getattr(block, attribute)
-        if not isinstance(linear, ReplicatedLinear) or linear.skip_bias_add:
+        plain = isinstance(linear, ReplicatedLinear) and not linear.skip_bias_add
+        if not plain or hasattr(linear, ATTRIBUTE):  # a block of a block's class: it is planned
             return
         linear_class: Any = type(linear)
         planned = _planned(linear_class)
@@ -236,33 +264,6 @@ def _planned(linear: Any) -> Any:
         ATTRIBUTE: torch.bfloat16,
     }
     return type(linear.__name__, (linear,), body)
-
-
-def _forward_with_batch(own_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    from sglang.srt.models.deepseek_v2_gate import router_logits
-
-    def forward(
-        gate: torch.nn.Module,
-        hidden_states: torch.Tensor,
-        gemm_output_zero_allocator: Any = None,
-        forward_batch: Any = None,
-    ) -> torch.Tensor:
-        logits = router_logits(gate, hidden_states, forward_batch)
-        if logits is not None:
-            return logits
-        return own_forward(gate, hidden_states, gemm_output_zero_allocator, forward_batch)
-
-    return forward
-
-
-def _plain_forward(own_forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    from sglang.srt.models.deepseek_v2_gate import router_logits
-
-    def forward(gate: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = router_logits(gate, hidden_states)
-        return own_forward(gate, hidden_states) if logits is None else logits
-
-    return forward
 
 
 def patch_method_gate(gate: Gate, model: ModuleType) -> None:

@@ -354,6 +354,13 @@ def build():
     return hasattr(linear, "own_logits")
 with blocks.one_rank("cpu"), torch.no_grad():
     print(build())
+    import sglang.srt.models.qwen3_moe as qwen
+    from sglang_router_gemm import hooks
+    qwen.Sub = type("Sub", (qwen.Qwen3MoeSparseMoeBlock,), {"__module__": qwen.__name__})
+    sub = gate._replace(name="Sub")
+    hooks.patch_linear_gate(sub, qwen)
+    _, linear = blocks.build(sub, 32, 128)  # hooked twice, planned once
+    print(type(linear).__mro__[1] is qwen.ReplicatedLinear)
     planned.is_cpu = lambda: True  # SGLang's engine on a CPU
     print(build())
     planned.is_cpu = lambda: False
@@ -365,7 +372,6 @@ with blocks.one_rank("cpu"), torch.no_grad():
     LinearBase.__init__ = init
     print(build())
     LinearBase.__init__ = own_init
-    import sglang.srt.models.qwen3_moe as qwen
     qwen.ReplicatedLinear = lambda *args, **kwargs: torch.nn.Linear(128, 32, bias=False)
     print(build())
 """
@@ -374,7 +380,7 @@ with blocks.one_rank("cpu"), torch.no_grad():
 def test_a_linear_layer_that_is_not_plain_is_left_alone(fork_python: Callable[..., str]) -> None:
     """Its weight may be packed or quantised, or it is somebody else's."""
     said = fork_python(NOT_PLAIN, SGLANG_ROUTER_GEMM_BACKEND="torch")
-    assert said.splitlines()[-4:] == ["True", "False", "False", "False"]
+    assert said.splitlines()[-5:] == ["True", "True", "False", "False", "False"]
 
 
 OTHER_METHOD = """
