@@ -40,7 +40,13 @@ NUM_TOKENS, ROUNDS, WIDTH = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128), 30, 100
 MODEL, BLOCK_SIZE = "DeepSeek-V3", 16
 # What the table of models does not have: `routed_scaling_factor` in config.json, and how many
 # shared experts are fused here, each a column behind the others.
-SCALE_FUSED = {MODEL: (2.5, 1), "Kimi-K2": (2.827, 0), "GLM-5": (2.5, 1)}
+SCALE_FUSED = {
+    MODEL: (2.5, 1),
+    "Kimi-K2": (2.827, 0),
+    "GLM-5": (2.5, 1),
+    "GLM-4.5": (2.5, 1),
+    "GLM-4.5-Air": (1.0, 1),
+}
 
 GATE, VLLM = "gate", "vLLM grouped_topk"
 FLASHINFER, TRITON = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
@@ -293,26 +299,27 @@ def run(
     """Times everybody on the current GPU, and saves after each M."""
     import torch
     from router_gemm_benchmark import report as reports
-    from router_gemm_benchmark.providers import Skip, all_providers
+    from router_gemm_benchmark.providers import Form, Skip, all_providers
     from router_gemm_benchmark.timing import LINKS, Bench
 
     device = torch.device("cuda", torch.cuda.current_device())
     where = torch.cuda.get_device_name(device), reports.driver_version(), reports.versions()
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     report = Report(*where, date, command, sorted(set(num_tokens)), rounds, LINKS, model)
-    shape = find_row(model)[1:3]  # N and K
+    row = find_row(model)
+    shape, form = row.gate[:2], Form(*row.gate[2:])
 
     def save() -> None:
         if save_path is not None:
             save_path.mkdir(parents=True, exist_ok=True)
-            stem = reports.file_stem(report.gpu, *shape)
+            stem = reports.file_stem(report.gpu, *shape, form)
             text = json.dumps(asdict(report), indent=1, allow_nan=False)
             (save_path / f"route_{stem}.json").write_text(text + "\n")
 
-    providers = all_providers(*shape, device)
+    providers = all_providers(*shape, device, form)
     try:
         gate = next(each for each in providers if each.name == "ours: cluster").build()
-        bench = Bench(*shape, rounds, device)
+        bench = Bench(*shape, rounds, device, form.dtype)
         report.producer = bench.producer_note
         if bench.producer is None:
             raise Skip(report.producer)

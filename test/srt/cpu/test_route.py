@@ -61,6 +61,7 @@ def _reasons(requested: str, sm: int, asked: Asked, n: int, deterministic: bool)
         f"SM is {sm}, must be 90 or newer": sm is None or sm < 90,
         "it is not a top-k of groups with a correction bias": not asked.is_grouped,
         f"its config has {asked.unknown}, must have (None,)": asked.unknown != (None,),
+        "the shared expert's weight has a factor of its own": asked.scales_shared,
         f"N is {n}, must be a multiple of 32 up to 512": n not in range(32, 513, 32),
         f"there are {groups} groups, must be a power of two up to 32": not split,
         f"N is {n}, must be 64 or more where there are groups": groups > 1 and n < 64,
@@ -78,14 +79,14 @@ def test_the_decision_of_20000_configurations() -> None:
     def mostly(usual: Any, *others: Any) -> Any:
         return usual if draw.random() < 0.85 else draw.choice(others)
 
-    seen = [0] * 15  # of each reason, and of none
+    seen = [0] * 16  # of each reason, and of none
     for _ in range(20_000):
         requested = mostly(draw.choice(("auto", "cluster")), *CHOICES)
         sm, n = mostly(90, None, 75, 89, 100, 103, 120), mostly(256, 0, 32, 64, 384, 512, 544, 48)
         groups, shared = mostly(8, 1, 1, 2, 3, 16, 32, 64), mostly(draw.choice((0, 1)), 2, -1)
         top = draw.randint(0, groups) if draw.random() < 0.5 else min(4, groups)
         columns, renormalize = mostly(8, 1, 4, 0, 9, -1) + shared, mostly(True, False)
-        tail = mostly(True, False), (mostly(None, 0),)
+        tail = mostly(True, False), (mostly(None, 0),), mostly(False, True)
         asked = Asked(columns, shared, groups, top, renormalize, 2.5, False, "sigmoid", *tail)
         deterministic = mostly(False, True)
         found = decide(requested, sm, asked, (None,), n, deterministic)
@@ -144,7 +145,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "use_grouped_topk": (False, "is_grouped"),
     "correction_bias": (None, "is_grouped"),
     "custom_routing_function": (print, "unknown"),
-    "fused_shared_experts_scaling_factor": (0.5, "unknown"),
+    "fused_shared_experts_scaling_factor": (0.5, "scales_shared"),
     "sqrtsoftplus_log1p": (True, "unknown"),
     "fused_gate_packed_ids": (True, "unknown"),
 }
@@ -171,6 +172,17 @@ def test_a_field_changes_what_is_asked_for_or_has_no_say_in_sglang(name: str) ->
     defaults = tuple(route._unknown_fields(topk.TopKConfig).values())
     refusal = decide("cluster", 90, after._replace(is_grouped=True), defaults, 256)
     assert (changes == "unknown") == ("its config has" in str(refusal))
+
+
+def test_a_factor_of_1_on_the_shared_experts_weight_is_none() -> None:
+    """As GLM-4.5 has it: SGLang multiplies by it, and asks for nothing else."""
+    shared = replace(CONFIG, top_k=9, shared_experts=SharedExperts())
+    once = replace(shared, fused_shared_experts_scaling_factor=1)
+    assert ask(once) == ask(shared)
+    own, others = (OWN_SELECT(*_inputs(32), each, layer_id=1)[:2] for each in (shared, once))
+    assert all(map(torch.equal, own, others))
+    twice = replace(shared, fused_shared_experts_scaling_factor=2.0)
+    assert ask(twice).scales_shared
 
 
 # A call, and the plan of its experts -------------------------------------------------------

@@ -56,6 +56,7 @@ class Model(NamedTuple):
 _BLACKWELL = Auto("flashinfer", range(1, 17))
 
 _UNGROUPED = Route(1, 1, 8, auto=(90,))
+_NOT_MEASURED = Route(1, 1, 8)
 
 _EVERY_M = {90: Auto("cluster", range(1, 129))}
 
@@ -74,8 +75,8 @@ MODELS: tuple[Model, ...] = (
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
     Model("DeepSeek-V4-Flash", 256, 4096, {}),
     Model("GLM-5.3-Flash", 288, 4096, {}),
-    Model("GLM-4.5", 160, 5120, _EVERY_M, dtype=torch.float32),
-    Model("GLM-4.5-Air", 128, 4096, _EVERY_M, dtype=torch.float32),
+    Model("GLM-4.5", 160, 5120, _EVERY_M, _NOT_MEASURED, dtype=torch.float32),
+    Model("GLM-4.5-Air", 128, 4096, _EVERY_M, _NOT_MEASURED, dtype=torch.float32),
     Model("MiniMax-M2", 256, 3072, _EVERY_M, dtype=torch.float32),
     Model("MiMo-V2-Flash", 256, 4096, _EVERY_M, dtype=torch.float32),
     Model("Hy4", 256, 2816, {}, dtype=torch.float32),

@@ -62,6 +62,8 @@ class Asked(NamedTuple):
     is_grouped: bool
     unknown: tuple[object, ...]
     """The values of all fields that are not read here; see `_unknown_fields`."""
+    scales_shared: bool = False
+    """The shared experts' weights have a factor of their own; 1, as GLM-4.5's, is none."""
 
     def routing(self, num_experts: int) -> Routing:
         """What the kernel is compiled for."""
@@ -106,6 +108,7 @@ def ask(config: Any) -> Asked:
         config.scoring_func,
         bool(config.use_grouped_topk and config.correction_bias is not None),
         tuple(getattr(config, name) for name in _unknown_fields(config.__class__)),
+        getattr(config, "fused_shared_experts_scaling_factor", None) not in (None, 1),
     )
 
 
@@ -122,6 +125,7 @@ _READ = {
     "top_k",
     "shared_experts",
     "num_fused_shared_experts",
+    "fused_shared_experts_scaling_factor",
     "num_expert_group",
     "topk_group",
     "renormalize",
@@ -174,6 +178,8 @@ def decide(
         return "it is not a top-k of groups with a correction bias"
     if asked.unknown != defaults:
         return f"its config has {asked.unknown}, must have {defaults}"
+    if asked.scales_shared:
+        return "the shared expert's weight has a factor of its own"
     routing = asked.routing(num_experts)
     refusal = routing.refusal()
     if refusal is not None or requested == _BACKEND:
