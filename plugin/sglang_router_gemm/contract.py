@@ -95,6 +95,7 @@ _TOPK_CONFIG = {
     "renormalize",
     "correction_bias",
     "routed_scaling_factor",
+    "fused_shared_experts_scaling_factor",
     "apply_routed_scaling_factor_on_output",
     "scoring_func",
     "allow_routed_experts_capture",

@@ -553,7 +553,7 @@ def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         from router_gemm_benchmark import providers
 
         found = {shape: [provider]}
-        monkeypatch.setattr(providers, "all_providers", lambda n, k, device: found[n, k])
+        monkeypatch.setattr(providers, "all_providers", lambda n, k, *others: found[n, k])
 
     return put
 

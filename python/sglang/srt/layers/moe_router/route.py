@@ -108,7 +108,7 @@ def ask(config: Any) -> Asked:
         config.scoring_func,
         bool(config.use_grouped_topk and config.correction_bias is not None),
         tuple(getattr(config, name) for name in _unknown_fields(config.__class__)),
-        getattr(config, "fused_shared_experts_scaling_factor", None) not in (None, 1),
+        config.fused_shared_experts_scaling_factor not in (None, 1),
     )
 
 
