@@ -419,7 +419,7 @@ def time_all(
         torch.cuda.empty_cache()
     gpus = torch.cuda.device_count()
     names = {m: [each.provider.name for each in here] for m, here in right.items()}
-    work = Work(names, *shape, results["rounds"], form)
+    work = Work(names, *shape, results["rounds"], form, results["modes"])
     for tp_size in tp_sizes:
         if tp_size > gpus:
             reason = f"{gpus} GPU{'s' if gpus > 1 else ''} here"

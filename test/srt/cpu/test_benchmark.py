@@ -901,6 +901,17 @@ def test_every_rank_measures_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     work = timing.Work({1: [TF32_LINEAR]}, N, K, 3, FP32_WEIGHT)
     timing._time_rank(cast("Any", threading.Barrier(1)), 0, work)
     assert used == [({TF32_LINEAR}, torch.float32)] * 3
+    used.clear()
+    timing._time_rank(cast("Any", threading.Barrier(1)), 0, work._replace(modes=["warm"]))
+    assert len(used) == 1
+
+
+@pytest.mark.usefixtures("on_a_stand_in")
+def test_only_the_modes_that_were_asked_for() -> None:
+    for mode in ("warm", timing.DO_BENCH):
+        _, results = _run([provider("good")], argv=["--modes", mode])
+        assert results["modes"] == [mode]
+        assert {each["mode"] for each in results["timings"]} == {mode}
 
 
 @pytest.mark.usefixtures("on_a_stand_in")

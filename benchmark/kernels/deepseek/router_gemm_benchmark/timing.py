@@ -446,6 +446,7 @@ class Work(NamedTuple):
     hidden_size: int
     rounds: int
     form: Form = PLAIN
+    modes: Sequence[str] = MODE_NAMES
 
 
 def _measure_rank(rank: int, work: Work) -> list[Timing]:
@@ -476,7 +477,7 @@ def _time_rank(barrier: Barrier, rank: int, work: Work) -> list[Timing]:
         for num_tokens, here in work.names.items():
             ready = [each for each in candidates if each.provider.name in here]
             for mode in MODES:
-                if not mode.produced or bench.producer is not None:
+                if mode.name in work.modes and (not mode.produced or bench.producer is not None):
                     timings, _ = bench.measure(ready, num_tokens, mode, start_together)
                     found += timings
     return found
