@@ -22,6 +22,7 @@ from router_gemm_benchmark import how_to_call  # noqa: E402
 
 try:
     import torch
+    from router_gemm_benchmark.providers import FP32_LINEAR, LINEAR, TF32_LINEAR
     from router_gemm_benchmark.report import accuracy_table, headline_mode, mode_table, plot_stem
     from tabulate import tabulate
 
@@ -180,10 +181,6 @@ def routing(run: Results) -> str:
     )
 
 
-# Whoever computes what `F.linear` computes, by its dtypes.
-_LINEAR = ("SGLang fp32 F.linear", "F.linear")
-
-
 def gates(runs: Sequence[Results]) -> str:
     """µs of a call of each gate with other dtypes than DeepSeek-V3's, and its peers'."""
     rows = []
@@ -197,9 +194,9 @@ def gates(runs: Sequence[Results]) -> str:
                 for each in run["timings"]
                 if each["num_tokens"] == m and each["mode"] == "chain"
             }
-            linear = next(name for name in _LINEAR if name in us)
-            tf32, others = us.get("SGLang TF32 F.linear"), set(us) - {linear, "SGLang MoEGate"}
-            others -= {"SGLang TF32 F.linear", *(name for name in us if name.startswith("ours"))}
+            linear = next(name for name in (FP32_LINEAR, LINEAR) if name in us)
+            tf32, others = us.get(TF32_LINEAR), set(us) - {linear, TF32_LINEAR, "SGLang MoEGate"}
+            others -= {name for name in us if name.startswith("ours")}
             best = min(others, key=us.__getitem__, default=None)
             rows.append(
                 (

@@ -128,7 +128,7 @@ def dumped(folder: Path) -> dict[str, list[Dumped]]:
 
 
 def same_bits(ranks: Mapping[str, list[Dumped]]) -> dict[str, tuple[int, int]]:
-    """By part, calls that gave the same on every rank, of all."""
+    """By part, tensors of the other ranks that are the first one's to the bit, of all."""
     first, *others = ranks.values()
     found = {}
     for part in DUMPED:

@@ -134,7 +134,7 @@ def _hook(
     own_forward: Callable[..., torch.Tensor] = gate_class.forward
 
     def plan(gate: Any) -> None:
-        plan_gate(gate, own_forward, logits_dtype or gate.weight.dtype)
+        plan_gate(gate, own_forward, logits_dtype)
 
     _plan_after_init(gate_class, plan)
     gate_class.router_plan = None  # of a gate that was built by other means
@@ -231,8 +231,7 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
             return
         linear_class: Any = type(linear)
         planned = _planned(linear_class)
-        logits_dtype = gate.logits_dtype or linear.weight.dtype
-        plan_gate(linear, planned.own_logits, logits_dtype, linear.bias)
+        plan_gate(linear, planned.own_logits, gate.logits_dtype, linear.bias)
         # One class more, not a function on the layer: a copy's would have the first one's weight.
         if linear.router_plan is not None and linear.router_plan.decision.backend is not None:
             linear.__class__ = planned
@@ -291,7 +290,7 @@ def patch_method_gate(gate: Gate, model: ModuleType) -> None:
         if isinstance(linear, ReplicatedLinear) and linear.bias is None:
             linear.router_block = weakref.ref(block)
             try:
-                plan_gate(linear, own_logits, gate.logits_dtype or linear.weight.dtype)
+                plan_gate(linear, own_logits, gate.logits_dtype)
             finally:
                 del linear.router_block
 

@@ -62,7 +62,7 @@ class DeepseekV2Gate(nn.Module):
 def plan_gate(
     gate: nn.Module,
     own_forward: Callable[..., torch.Tensor] | None = None,
-    logits_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = torch.float32,
     bias: torch.Tensor | None = None,
 ) -> None:
     """Makes the plan of a gate that has just been built, and loads what it needs.
@@ -70,7 +70,7 @@ def plan_gate(
     Args:
         gate: has `weight`, `[N, K]`.
         own_forward: the forward that is replaced; a kernel must give what that gives.
-        logits_dtype: of what it gives.
+        logits_dtype: of what it gives; None for the weight's.
         bias: the gate's `bias`, `[N]`, if it adds one.
 
     Raises:
@@ -84,7 +84,7 @@ def plan_gate(
             gate.weight,
             gate=gate,
             own_forward=own_forward,
-            logits_dtype=logits_dtype,
+            logits_dtype=logits_dtype or gate.weight.dtype,
             bias=bias,
         )
 
