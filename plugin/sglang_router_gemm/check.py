@@ -10,6 +10,7 @@ import torch
 from tabulate import tabulate
 
 from sglang.srt.layers.moe_router.environ import requested_backend
+from sglang.srt.layers.moe_router.kernel import dtype_name
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
 from sglang.srt.plugins import load_plugins
 from sglang_router_gemm.routing import relative_error
@@ -90,7 +91,7 @@ def run() -> int:
     rows = [
         (
             check.gate,
-            str(check.logits_dtype).removeprefix("torch."),
+            dtype_name(check.logits_dtype),
             f"{check.relative_error:.1e}",
             f"{TOLERANCE[check.logits_dtype]:.1e}",
             "ok" if check.passed else "WRONG",
