@@ -81,6 +81,8 @@ def build(gate: Gate, num_experts: int, hidden_size: int) -> tuple[Any, Any]:
     assert gate.linear is not None
     block_class = getattr(importlib.import_module(f"sglang.srt.models.{gate.module}"), gate.name)
     given: dict[str, Any] = {"config": config(num_experts, hidden_size)}
+    if gate.module == "kimi_linear":  # its shared expert needs CUTLASS for Python on a GPU
+        given["config"].num_shared_experts = None
     if "layer_id" in inspect.signature(block_class.__init__).parameters:
         given["layer_id"] = 0
     torch.set_default_dtype(torch.bfloat16)  # as SGLang's loader does around the model

@@ -170,7 +170,7 @@ import logging, os, time, torch
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 import sglang_router_gemm
 from sglang_router_gemm.check import deepseek_v2_gate
-from sglang.srt.layers.moe_router.plan import find_plan
+from sglang.srt.layers.moe_router.plan import find_plan, make_plan
 torch.set_grad_enabled(False)
 hidden_states = torch.randn(4, 7168, dtype=torch.bfloat16, device="cuda")
 weight = torch.randn(256, 7168, dtype=torch.bfloat16, device="cuda")
@@ -227,7 +227,9 @@ def test_several_ranks_build_once_at_load_and_not_in_a_capture(tmp_path: Path) -
 def test_nothing_is_built_on_a_request(tmp_path: Path, run_python: Callable[..., str]) -> None:
     """A call for which nothing was loaded must not start nvcc: SGLang's path serves it."""
     code = BUILD + (
-        "assert find_plan(weight).logits(hidden_states, weight) is None\nprint('ELSEWHERE')\n"
+        "before = make_plan(weight, 'off')\n"
+        "assert find_plan(weight, before).logits(hidden_states, weight) is None\n"
+        "print('ELSEWHERE')\n"
     )
     output = run_python(
         code,

@@ -43,15 +43,25 @@ GLM = Routing(256, 1, 1, 8, 0, renormalize=True)
 GLM_SHARED = GLM._replace(num_shared=1)
 SMALL = Routing(128, 4, 2, 6, 0, renormalize=True)
 LARGE = Routing(512, 1, 1, 8, 0, renormalize=True)
+GLM45_SHARED = Routing(160, 1, 1, 8, 1, renormalize=True)
+GLM45_AIR = Routing(128, 1, 1, 8, 0, renormalize=True)
 V2 = Routing(160, 1, 1, 6, 0, renormalize=True)
 # SGLang serves it with another arithmetic: N is not a power of two.
 ODD = Routing(96, 4, 2, 6, 1, renormalize=True)
 
 CHUNK = 1 << 17  # rows that are drawn together
-USUAL_CHUNKS = {DEEPSEEK: 8, DEEPSEEK_SHARED: 8, KIMI: 2, GLM: 2, GLM_SHARED: 2}
+USUAL_CHUNKS = {
+    DEEPSEEK: 8,
+    DEEPSEEK_SHARED: 8,
+    KIMI: 2,
+    GLM: 2,
+    GLM_SHARED: 2,
+    GLM45_SHARED: 2,
+    GLM45_AIR: 2,
+}
 NUM_TOKENS = range(1, 129)
 SCALE = 2.5
-REPLAYS = CALLS = 2000
+REPLAYS, CALLS = 10_000, 2000
 CASES = 5000
 LAYERS = 16
 POISON = -7

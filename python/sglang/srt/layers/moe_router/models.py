@@ -56,7 +56,6 @@ class Model(NamedTuple):
 _BLACKWELL = Auto("flashinfer", range(1, 17))
 
 _UNGROUPED = Route(1, 1, 8, auto=(90,))
-_NOT_MEASURED = Route(1, 1, 8)
 
 _EVERY_M = {90: Auto("cluster", range(1, 129))}
 
@@ -73,13 +72,13 @@ MODELS: tuple[Model, ...] = (
     Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),
     Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}, _UNGROUPED),
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
-    Model("DeepSeek-V4-Flash", 256, 4096, {}),
-    Model("GLM-5.3-Flash", 288, 4096, {}),
-    Model("GLM-4.5", 160, 5120, _EVERY_M, _NOT_MEASURED, dtype=torch.float32),
-    Model("GLM-4.5-Air", 128, 4096, _EVERY_M, _NOT_MEASURED, dtype=torch.float32),
+    Model("DeepSeek-V4-Flash", 256, 4096, _EVERY_M),
+    Model("GLM-5.3-Flash", 288, 4096, _EVERY_M),
+    Model("GLM-4.5", 160, 5120, _EVERY_M, _UNGROUPED, dtype=torch.float32),
+    Model("GLM-4.5-Air", 128, 4096, _EVERY_M, _UNGROUPED, dtype=torch.float32),
     Model("MiniMax-M2", 256, 3072, _EVERY_M, dtype=torch.float32),
     Model("MiMo-V2-Flash", 256, 4096, _EVERY_M, dtype=torch.float32),
-    Model("Hy4", 256, 2816, {}, dtype=torch.float32),
+    Model("Hy4", 256, 2816, _EVERY_M, dtype=torch.float32),
     Model("Qwen3-235B", 128, 4096, _EVERY_M, logits_dtype=torch.bfloat16),
     Model("Qwen3-30B", 128, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
     Model("Qwen3-Next", 512, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
