@@ -18,6 +18,7 @@ from sglang.srt.layers.moe_router.backends import BACKENDS, Backend
 from sglang.srt.layers.moe_router.environ import (
     SGLANG_ROUTER_GEMM_BACKEND,
     SGLANG_ROUTER_GEMM_PDL,
+    asked_logits_dtype,
     pdl_enabled,
     requested_backend,
 )
@@ -78,14 +79,16 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         device: where the gate would be.
         sm: 10 * major + minor of its compute capability, None for a CPU.
     """
-    target = Target(device, sm, *model.gate)
+    logits_dtype = asked_logits_dtype(model.logits_dtype, model.bias)
+    target = Target(device, sm, *model.gate)._replace(logits_dtype=logits_dtype)
     asked: dict[str, Kernel] = {}
 
     def unavailable(backend: Backend) -> str | None:
         asked[backend.name] = find_kernel(backend, target)
         return why_not_loaded() or asked[backend.name].problem
 
-    decision = decide(requested_backend(), target, unavailable)
+    own_logits_dtype = model.logits_dtype
+    decision = decide(requested_backend(), target, unavailable, own_logits_dtype=own_logits_dtype)
     return {
         "model": model.name,
         "num_experts": model.num_experts,

@@ -119,7 +119,7 @@ def plan_jobs(
     import torch
 
     from sglang.srt.layers.moe_router.backends import BACKENDS, either
-    from sglang.srt.layers.moe_router.environ import AUTO
+    from sglang.srt.layers.moe_router.environ import AUTO, asked_logits_dtype
     from sglang.srt.layers.moe_router.kernel import Target, dtype_name
     from sglang.srt.layers.moe_router.models import MODELS
     from sglang.srt.layers.moe_router.plan import decide
@@ -139,10 +139,16 @@ def plan_jobs(
         sm = 10 * major + minor
         reasons = []
         for gate in dict.fromkeys(gates):
-            target = Target(torch.device("cuda"), sm, *gate)
-            decision = decide(backend or AUTO, target, lambda backend: None)
+            n, k, dtype, own_logits_dtype, bias = gate
+            logits_dtype = asked_logits_dtype(own_logits_dtype, bias)
+            target = Target(torch.device("cuda"), sm, n, k, dtype, logits_dtype, bias)
+            decision = decide(
+                backend or AUTO,
+                target,
+                lambda backend: None,
+                own_logits_dtype=own_logits_dtype,
+            )
             if decision.backend is not None and decision.backend.build is not None:
-                n, k, dtype, logits_dtype, bias = gate
                 names = dtype_name(dtype), dtype_name(logits_dtype)
                 routing = _routing(backend, target)
                 job = Job(decision.backend.name, sm, n, k, *names, bias, routing)

@@ -29,7 +29,7 @@ def run_of(
     """The kernel of `backend`, loaded; the test is skipped where it cannot be had."""
     weight = torch.empty(num_experts, hidden_size, dtype=dtype, device="cuda")
     bias = weight[:, 0] if has_bias else None
-    plan = make_plan(weight, backend, logits_dtype=logits_dtype, bias=bias)
+    plan = make_plan(weight, backend, own_logits_dtype=logits_dtype, bias=bias)
     if plan.run is None:
         assert backend == "sgl_kernel", plan.decision.reason
         pytest.skip(plan.decision.reason)

@@ -46,7 +46,9 @@ SCALE_FUSED = {
     "GLM-5": (2.5, 1),
     "GLM-4.5": (2.5, 1),
     "GLM-4.5-Air": (1.0, 1),
+    "MiniMax-M2": (1.0, 0),
 }
+WITHOUT_GROUPED_TOPK = {"MiniMax-M2"}  # its class asks for SGLang's other top-k
 
 GATE, VLLM = "gate", "vLLM grouped_topk"
 FLASHINFER, TRITON = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
@@ -116,6 +118,7 @@ class Layers:
         scale, fused = SCALE_FUSED[model]
         self.same: dict[str, Any] = {"num_expert_group": num_groups, "topk_group": top_groups}
         self.same["routed_scaling_factor"] = scale
+        self.grouped_topk = model not in WITHOUT_GROUPED_TOPK
         self.is_grouped = num_groups > 1
         # Of two experts that are as good these may choose the other: in one row of thousands, M = 1
         # has 58. With one group SGLang's own is its Triton router.
@@ -135,7 +138,8 @@ class Layers:
         fields: dict[str, Any] = {"num_fused_shared_experts": num_shared}
         if not hasattr(self.topk.TopKConfig, "num_fused_shared_experts"):  # SGLang 0.5.23
             fields = {"shared_experts": self.topk.SharedExpertsConfig(**fields)}
-        fields |= {"scoring_func": "sigmoid", "use_grouped_topk": True, "correction_bias": bias}
+        fields |= {"scoring_func": "sigmoid", "use_grouped_topk": self.grouped_topk}
+        fields["correction_bias"] = bias
         return self.topk.TopKConfig(self.top_k + num_shared, **fields, **self.same)
 
 

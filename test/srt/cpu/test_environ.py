@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 
 from sglang.srt.layers.moe_router.environ import (
     CHOICES,
     SGLANG_ROUTER_GEMM_PDL,
+    asked_logits_dtype,
     pdl_enabled,
     requested_backend,
 )
@@ -68,7 +70,19 @@ def test_backends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert requested_backend() == name
 
 
-@pytest.mark.parametrize("name", [" ", "Auto", "flashinfer ", "cutlass"])
+@pytest.mark.parametrize("name", CHOICES[:-1])
+def test_fp32_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", name)
+    assert asked_logits_dtype(torch.bfloat16, bias=False) == torch.bfloat16
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", f"{name},fp32")
+    assert requested_backend() == name
+    assert asked_logits_dtype(torch.bfloat16, bias=False) == torch.float32
+    assert asked_logits_dtype(torch.bfloat16, bias=True) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "name", [" ", "Auto", "flashinfer ", "cutlass", "off,fp32", "auto,", ",fp32", "auto,bf16"]
+)
 def test_an_unknown_backend_is_an_error_that_lists_the_names(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,6 +292,48 @@ def test_gates_that_are_linear_layers(
     assert seen == ({given, "WRAPPED torch.float32"} if gate.casting else set())
 
 
+WIDE = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+import torch
+import sglang_router_gemm
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import blocks
+from sglang.srt.layers.moe_router.models import GATES
+gate = next(each for each in GATES if each.module == "{module}")
+with blocks.one_rank("cpu"), torch.no_grad():
+    block, linear = blocks.build(gate, 32, 128)
+    for num_tokens in (5, 200):
+        hidden_states = torch.randn(num_tokens, 128, dtype=torch.bfloat16)
+        logits, _ = linear(hidden_states)
+        expected = hidden_states.float() @ linear.weight.float().t()
+        right = logits.dtype == torch.float32 and torch.allclose(logits, expected, atol=1e-4)
+        print("WIDE" if right else "AS SGLANG'S", logits.dtype)
+    block.topk(hidden_states, logits)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "setting", "wide"),
+    [
+        ("qwen3_moe", "auto,fp32", True),
+        ("qwen2_moe", "torch,fp32", True),
+        ("kimi_linear", "auto,fp32", True),
+        ("hunyuan", "auto,fp32", True),
+        ("gpt_oss", "auto,fp32", False),  # it adds a bias
+        ("qwen3_moe", "auto", False),
+        ("qwen3_moe", "cluster,fp32", False),  # no backend serves here
+    ],
+)
+def test_fp32_logits_for_whoever_asks(
+    module: str, setting: str, wide: bool, fork_python: Callable[..., str]
+) -> None:
+    said = fork_python(WIDE.format(module=module), SGLANG_ROUTER_GEMM_BACKEND=setting)
+    expected = "WIDE torch.float32" if wide else "AS SGLANG'S torch.bfloat16"
+    assert said.splitlines().count(expected) == 2, said
+
+
 METHOD = """
 import copy, logging
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")

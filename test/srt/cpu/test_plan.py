@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from operands import same_as_fp64
 
 from sglang.srt.layers.moe_router.backends import BACKENDS, Backend
 from sglang.srt.layers.moe_router.environ import CHOICES
@@ -84,7 +85,7 @@ def test_auto_leaves_other_shapes_to_sglang() -> None:
     assert served(decision) == NOBODY
     assert decision.reason == (
         "the gate is [64, 7168], auto takes [256, 7168] or [384, 7168] or [128, 7168] or "
-        "[256, 6144] or [160, 5120] on SM 90"
+        "[256, 6144] or [160, 5120] or [256, 4096] or [288, 4096] on SM 90"
     )
     other = HOPPER._replace(logits_dtype=torch.bfloat16, bias=True)
     assert decided("auto", other).reason == (
@@ -280,7 +281,8 @@ def test_why_not_names_what_a_call_lacks(plan: Plan) -> None:
     class Prefill:
         attn_cp_metadata = object()
 
-    few = Plan("cluster", plan.target, Decision(None, range(1, 17), ""), None, True)
+    decision = Decision(None, range(1, 17), "")
+    few = Plan("cluster", plan.target, decision, None, True, torch.float32)
     assert few.why_not(rows, weight, Prefill())[0] == "context_parallel"
     assert few.why_not(rows.repeat(5, 1), weight) == ("num_tokens", "M is 20, must be 1 to 16")
     assert few.why_not(rows.to("meta"), weight)[0] == "device"
@@ -304,7 +306,7 @@ def _plan_of(
     torch.nn.init.normal_(gate.weight)
     bias = gate.bias if has_bias else None
     return gate, make_plan(
-        gate.weight, gate=gate, own_forward=forward, logits_dtype=logits_dtype, bias=bias
+        gate.weight, gate=gate, own_forward=forward, own_logits_dtype=logits_dtype, bias=bias
     )
 
 
@@ -340,6 +342,49 @@ def test_bf16_logits_and_a_bias_are_held_against_sglangs_own(
     assert logits is not None
     assert logits.dtype == logits_dtype
     torch.testing.assert_close(logits.bfloat16(), expected, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("setting", ["auto", "auto,fp32", "torch,fp32"])
+def test_fp32_logits_where_sglangs_own_are_bf16(
+    setting: str,
+    has_bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    publish_server_args: Callable[..., None],
+) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", setting)
+    gate, plan = _plan_of(lambda gate, x: gate(x), has_bias, torch.bfloat16)
+    if setting == "auto":
+        assert served(plan.decision) == NOBODY
+        return
+    assert plan.requested == setting.removesuffix(",fp32")
+    assert plan.target.logits_dtype == (torch.bfloat16 if has_bias else torch.float32)
+    assert plan.serves_every_m is not has_bias
+    if has_bias:  # gpt-oss's: as it was
+        return
+    assert served(plan.decision) == ("torch", BACKENDS["torch"].rule.num_tokens)
+    rows = torch.randn(5, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = plan.logits(rows, gate.weight)
+    assert logits is not None
+    assert logits.dtype == torch.float32
+    assert same_as_fp64(logits, rows, gate.weight)
+
+
+def test_auto_with_fp32_logits_takes_the_row_of_sglangs_own() -> None:
+    own = find_model(128, 4096, logits_dtype=torch.bfloat16)
+    assert own is not None
+    target = Target(GPU, 90, 128, 4096)
+    assert served(decided("auto", target)) == NOBODY
+    for each, expected in (
+        (target, ("cluster", own.auto[90].num_tokens)),
+        (target._replace(sm=80), ("torch", BACKENDS["torch"].rule.num_tokens)),
+        (target._replace(hidden_size=4160), ("torch", BACKENDS["torch"].rule.num_tokens)),
+    ):
+        found = decide("auto", each, lambda backend: None, own_logits_dtype=torch.bfloat16)
+        assert served(found) == expected
+    found = decide("auto", target, lambda backend: None, True, torch.bfloat16)
+    assert served(found) == NOBODY  # deterministic inference
 
 
 def test_a_bias_that_no_kernel_can_read_is_left_to_sglang() -> None:

@@ -50,7 +50,7 @@ def _as_served(publish_server_args: object) -> Iterator[None]:
 def _reasons(requested: str, sm: int, asked: Asked, n: int, deterministic: bool) -> dict[str, bool]:
     """Every reason, and whether it holds: the rules, written once more."""
     groups, top, k = asked.num_groups, asked.top_groups, asked.columns - asked.num_shared
-    routings = (256, 8, 4, 8), (384, 1, 1, 8), (256, 1, 1, 8)
+    routings = (256, 8, 4, 8), (384, 1, 1, 8), (256, 1, 1, 8), (160, 1, 1, 8), (128, 1, 1, 8)
     taken = sm == 90 and (n, groups, top, k) in routings  # by `auto`
     split, most = groups in {2**i for i in range(6)}, min(8, n // groups * top)
     raw, shared = groups > 1 and not asked.renormalize, asked.num_shared not in (0, 1)
@@ -59,7 +59,7 @@ def _reasons(requested: str, sm: int, asked: Asked, n: int, deterministic: bool)
         f"the backend is {requested}": requested in ("torch", "flashinfer", "sgl_kernel"),
         "deterministic inference is on": deterministic,
         f"SM is {sm}, must be 90 or newer": sm is None or sm < 90,
-        "it is not a top-k of groups with a correction bias": not asked.is_grouped,
+        "it is not a top-k by sigmoid and a correction bias": not asked.is_biased,
         f"its config has {asked.unknown}, must have (None,)": asked.unknown != (None,),
         "the shared expert's weight has a factor of its own": asked.scales_shared,
         f"N is {n}, must be a multiple of 32 up to 512": n not in range(32, 513, 32),
@@ -82,7 +82,10 @@ def test_the_decision_of_20000_configurations() -> None:
     seen = [0] * 16  # of each reason, and of none
     for _ in range(20_000):
         requested = mostly(draw.choice(("auto", "cluster")), *CHOICES)
-        sm, n = mostly(90, None, 75, 89, 100, 103, 120), mostly(256, 0, 32, 64, 384, 512, 544, 48)
+        sm, n = (
+            mostly(90, None, 75, 89, 100, 103, 120),
+            mostly(256, 0, 32, 64, 160, 384, 512, 544, 48),
+        )
         groups, shared = mostly(8, 1, 1, 2, 3, 16, 32, 64), mostly(draw.choice((0, 1)), 2, -1)
         top = draw.randint(0, groups) if draw.random() < 0.5 else min(4, groups)
         columns, renormalize = mostly(8, 1, 4, 0, 9, -1) + shared, mostly(True, False)
@@ -142,8 +145,8 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "routed_scaling_factor": (1.0, "scale"),
     "apply_routed_scaling_factor_on_output": (True, "scales_here"),
     "scoring_func": ("sigmoid", "scoring_func"),
-    "use_grouped_topk": (False, "is_grouped"),
-    "correction_bias": (None, "is_grouped"),
+    "use_grouped_topk": (False, "num_groups top_groups is_biased"),
+    "correction_bias": (None, "is_biased"),
     "custom_routing_function": (print, "unknown"),
     "fused_shared_experts_scaling_factor": (0.5, "scales_shared"),
     "sqrtsoftplus_log1p": (True, "unknown"),
@@ -165,13 +168,22 @@ def test_a_field_changes_what_is_asked_for_or_has_no_say_in_sglang(name: str) ->
     other = replace(CONFIG, **{name: value})
     before, after = ask(CONFIG), ask(other)
     different = [each for each in Asked._fields if getattr(before, each) != getattr(after, each)]
-    assert different == ([] if silent else [changes])
+    assert different == (changes or "").split()
     if silent:
         own, others = (OWN_SELECT(*_inputs(32), each, layer_id=1)[:2] for each in (CONFIG, other))
         assert all(map(torch.equal, own, others))
     defaults = tuple(route._unknown_fields(topk.TopKConfig).values())
-    refusal = decide("cluster", 90, after._replace(is_grouped=True), defaults, 256)
+    refusal = decide("cluster", 90, after._replace(is_biased=True), defaults, 256)
     assert (changes == "unknown") == ("its config has" in str(refusal))
+
+
+def test_a_top_k_by_sigmoid_need_not_be_of_groups() -> None:
+    """MiniMax-M2's and Step-3.5's: SGLang takes its Triton router for it, as for one group."""
+    fields = {"use_grouped_topk": False, "top_k": 8, "shared_experts": SharedExperts()}
+    asked = ask(replace(CONFIG, scoring_func="sigmoid", num_expert_group=None, **fields))
+    assert asked.is_biased
+    assert asked.routing(256) == Routing(256, 1, 1, 8, 0, True)
+    assert not ask(replace(CONFIG, scoring_func="softmax", **fields)).is_biased
 
 
 def test_a_factor_of_1_on_the_shared_experts_weight_is_none() -> None:

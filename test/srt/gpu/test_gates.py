@@ -79,6 +79,58 @@ def test_the_gates_whose_block_multiplies(
     assert "RIGHT" in said.splitlines(), said
 
 
+WIDE = """
+import torch
+import sglang_router_gemm
+from sglang_router_gemm import hooks
+hooks.register()
+import blocks
+from sglang.srt.layers.moe_router.models import GATES
+gate = next(each for each in GATES if each.module == "{module}")
+torch.manual_seed(0)
+with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
+    block, linear = blocks.build(gate, {num_experts}, {hidden_size})
+    linear.weight *= {hidden_size} ** -0.5
+    traced = torch.compile(lambda x: linear(x)[0], fullgraph=True, dynamic=True)
+    for num_tokens in (1, 16, 128, 129, 1000):
+        hidden_states = torch.randn(num_tokens, {hidden_size}, dtype=torch.bfloat16)
+        logits, own = linear(hidden_states)[0], linear.own_logits(linear, hidden_states)
+        assert own.dtype == torch.bfloat16
+        for each in (logits, traced(hidden_states)):
+            assert each.dtype == torch.float32
+            expected = hidden_states.double() @ linear.weight.double().t()
+            assert float((each.double() - expected).norm() / expected.norm()) < 3e-6
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured, _ = linear(hidden_states)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, logits)
+        ids, wide = (
+            block.topk(hidden_states, each).topk_ids.sort().values for each in (own, logits)
+        )
+        assert float((ids == wide).float().mean()) > 0.8
+    print("BY", linear.router_plan.decision.backend.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "num_experts", "hidden_size", "backend"),
+    [
+        ("qwen3_moe", 128, 4096, "cluster"),
+        ("qwen2_moe", 512, 2048, "cluster"),
+        ("kimi_linear", 256, 2304, "cluster"),
+        ("hunyuan", 64, 4096, "torch"),
+    ],
+)
+def test_fp32_logits_that_sglangs_top_k_takes(
+    module: str, num_experts: int, hidden_size: int, backend: str, run_python: Callable[..., str]
+) -> None:
+    code = WIDE.format(module=module, num_experts=num_experts, hidden_size=hidden_size)
+    said = run_python(code, SGLANG_ROUTER_GEMM_BACKEND="auto,fp32")
+    assert f"BY {backend}" in said.splitlines(), said
+
+
 LINEAR = """
 import torch
 import sglang_router_gemm

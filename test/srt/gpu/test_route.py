@@ -305,6 +305,30 @@ def test_ids_and_weights_have_the_bits_of_sglangs_own(routing: Routing, applied:
     assert num_rows > (1_000_000 if routing.num_groups > 1 else 200_000)
 
 
+@pytest.mark.parametrize("num_experts", [256, 288])
+def test_a_top_k_that_is_not_of_groups_has_the_bits_of_sglangs_own(num_experts: int) -> None:
+    """MiniMax-M2's and Step-3.5's, which SGLang 0.5.23 gives to the router of one group."""
+    if not hasattr(_topk(), "SharedExpertsConfig"):
+        pytest.skip("before 0.5.23 SGLang has another top-k for it")
+    torch.manual_seed(3)
+    bias = torch.zeros(num_experts, device="cuda")
+    config = _config(GLM._replace(num_experts=num_experts), bias, 1.0, applied=False)
+    ungrouped: dict[str, Any] = dict.fromkeys(("num_expert_group", "topk_group"))
+    config = dataclasses.replace(config, use_grouped_topk=False, **ungrouped)
+    plan = make_route_plan(config, _own_select())
+    assert plan is not None
+    assert plan.reason is None, plan.reason
+    for name, logits, bias in _cases(num_experts, 1):
+        each = dataclasses.replace(config, correction_bias=bias)
+        tokens = torch.zeros(len(logits), 8, dtype=torch.bfloat16, device="cuda")
+        own = _own_select()(tokens, logits, each)
+        with torch.no_grad():
+            found = [plan.select(rows, each, with_plan=False) for rows in logits.split(100)]
+        assert None not in found
+        weights, ids = (torch.cat(parts) for parts in zip(*filter(None, found), strict=True))
+        assert _wrong_rows((weights, ids, None), (own.topk_weights, own.topk_ids)) == [], name
+
+
 # ---- Too few candidates ------------------------------------------------------------------------
 
 

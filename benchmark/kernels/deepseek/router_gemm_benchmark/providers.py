@@ -433,7 +433,7 @@ def _planned(backend: Backend, target: Target, bias: torch.Tensor | None) -> Gem
     for pdl in (True, False):
         with environment(SGLANG_ROUTER_GEMM_PDL=str(pdl)):
             plans[pdl] = make_plan(
-                weight, backend.name, logits_dtype=target.logits_dtype, bias=bias
+                weight, backend.name, own_logits_dtype=target.logits_dtype, bias=bias
             )
         if plans[pdl].decision.backend is None:
             raise Skip(plans[pdl].decision.reason)

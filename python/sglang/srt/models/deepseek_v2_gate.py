@@ -70,7 +70,7 @@ def plan_gate(
     Args:
         gate: has `weight`, `[N, K]`.
         own_forward: the forward that is replaced; a kernel must give what that gives.
-        logits_dtype: of what it gives; None for the weight's.
+        logits_dtype: of what that gives; None for the weight's.
         bias: the gate's `bias`, `[N]`, if it adds one.
 
     Raises:
@@ -84,7 +84,7 @@ def plan_gate(
             gate.weight,
             gate=gate,
             own_forward=own_forward,
-            logits_dtype=logits_dtype or gate.weight.dtype,
+            own_logits_dtype=logits_dtype or gate.weight.dtype,
             bias=bias,
         )
 
@@ -111,4 +111,7 @@ def router_logits(
             return None  # a trace cannot plan; the next eager call will
         plan = gate.router_plan = find_plan(weight, plan)
     bias = gate.bias if plan.target.bias else None
-    return plan.logits(hidden_states, weight, forward_batch, bias)
+    logits = plan.logits(hidden_states, weight, forward_batch, bias)
+    if logits is None and plan.serves_every_m:
+        return matmul_fp32(hidden_states, weight, bias=bias)
+    return logits

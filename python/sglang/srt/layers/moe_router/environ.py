@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from typing import TypeVar
 
+import torch
+
 from sglang.srt.environ import EnvBool, EnvField, EnvStr, envs
 from sglang.srt.layers.moe_router.backends import BACKENDS
 
 AUTO, OFF = "auto", "off"
 CHOICES = (AUTO, *BACKENDS, OFF)
+_FP32 = ",fp32"  # behind any of them but `off`
 
 _Field = TypeVar("_Field", bound=EnvField)
 
@@ -35,12 +38,27 @@ def requested_backend() -> str:
     Raises:
         ValueError: the variable holds another name.
     """
-    name = _text(SGLANG_ROUTER_GEMM_BACKEND) or AUTO
-    if name not in CHOICES:
+    text = _text(SGLANG_ROUTER_GEMM_BACKEND) or AUTO
+    name = text.removesuffix(_FP32)
+    if name not in CHOICES or text == OFF + _FP32:
         raise ValueError(
-            f"SGLANG_ROUTER_GEMM_BACKEND is {name!r}, must be one of {', '.join(CHOICES)}"
+            f"SGLANG_ROUTER_GEMM_BACKEND is {text!r}, must be one of {', '.join(CHOICES)}; "
+            f"{_FP32} may follow each but {OFF}"
         )
     return name
+
+
+def asked_logits_dtype(own: torch.dtype, bias: bool) -> torch.dtype:
+    """The dtype of a gate's logits: as SGLang's own gives them, but fp32 under `,fp32`.
+
+    With a bias they stay: gpt-oss's go to the top-k of Triton's kernels, and nobody tried it.
+
+    Args:
+        own: of the logits that SGLang's own gate gives.
+        bias: it adds one.
+    """
+    wide = (_text(SGLANG_ROUTER_GEMM_BACKEND) or AUTO).endswith(_FP32)
+    return torch.float32 if wide and not bias else own
 
 
 def pdl_enabled() -> bool:

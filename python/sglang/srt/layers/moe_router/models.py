@@ -76,7 +76,7 @@ MODELS: tuple[Model, ...] = (
     Model("GLM-5.3-Flash", 288, 4096, _EVERY_M),
     Model("GLM-4.5", 160, 5120, _EVERY_M, _UNGROUPED, dtype=torch.float32),
     Model("GLM-4.5-Air", 128, 4096, _EVERY_M, _UNGROUPED, dtype=torch.float32),
-    Model("MiniMax-M2", 256, 3072, _EVERY_M, dtype=torch.float32),
+    Model("MiniMax-M2", 256, 3072, _EVERY_M, _UNGROUPED, dtype=torch.float32),
     Model("MiMo-V2-Flash", 256, 4096, _EVERY_M, dtype=torch.float32),
     Model("Hy4", 256, 2816, _EVERY_M, dtype=torch.float32),
     Model("Qwen3-235B", 128, 4096, _EVERY_M, logits_dtype=torch.bfloat16),

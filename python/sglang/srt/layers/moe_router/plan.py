@@ -23,7 +23,13 @@ from sglang.srt.layers.moe_router.backends import (
     load_kernel,
     refuse_kernel,
 )
-from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
+from sglang.srt.layers.moe_router.environ import (
+    AUTO,
+    OFF,
+    asked_logits_dtype,
+    pdl_enabled,
+    requested_backend,
+)
 from sglang.srt.layers.moe_router.isolation import run_isolated
 from sglang.srt.layers.moe_router.kernel import (
     ALIGNMENT_BYTES,
@@ -95,6 +101,7 @@ def decide(
     target: Target,
     unavailable: Callable[[Backend], str | None],
     deterministic: bool = False,
+    own_logits_dtype: torch.dtype | None = None,
 ) -> Decision:
     """Decides who serves the calls with a weight.
 
@@ -104,17 +111,23 @@ def decide(
         unavailable: why a backend's kernel cannot be called there, None if it can. Asked of
             the one backend that everything else speaks for.
         deterministic: the server runs with `--enable-deterministic-inference`.
+        own_logits_dtype: of what SGLang's own gate gives, where that may be another.
     """
+    own_gate = target._replace(logits_dtype=own_logits_dtype or target.logits_dtype).gate
     if requested == OFF:
         return Decision(None, _NO_TOKENS, "it is switched off")
     if deterministic:
         return Decision(None, _NO_TOKENS, "deterministic inference is on")
     if requested == AUTO:
-        model = find_model(*target.gate)
+        model = find_model(*own_gate)
         auto = model.auto.get(target.sm) if model is not None and target.sm is not None else None
-        if auto is None:
+        if auto is not None:
+            backend, num_tokens = BACKENDS[auto.backend], auto.num_tokens
+        elif own_gate != target.gate:
+            backend = BACKENDS["torch"]  # whoever asks for other logits gets them for every shape
+            num_tokens = backend.rule.num_tokens
+        else:
             return Decision(None, _NO_TOKENS, _why_not_auto(target))
-        backend, num_tokens = BACKENDS[auto.backend], auto.num_tokens
         limit = f"auto takes {backend.name} for M = {either(num_tokens)}"
     else:
         backend, num_tokens = BACKENDS[requested], BACKENDS[requested].rule.num_tokens
@@ -168,12 +181,21 @@ class Plan:
     run: Run | None
     """The kernel itself, for a plain eager call. None where no backend serves."""
     pdl: bool
+    own_logits_dtype: torch.dtype
+    """Of what SGLang's own gate gives."""
     looked_at: range = field(init=False)
     """The M that a call is looked at for. `auto` leaves every other to SGLang at once."""
 
     def __post_init__(self) -> None:
         quick = self.requested == AUTO and self.decision.backend is not None
+        quick = quick and not self.serves_every_m
         object.__setattr__(self, "looked_at", self.decision.num_tokens if quick else _EVERY_M)
+
+    @property
+    def serves_every_m(self) -> bool:
+        """Whether `matmul_fp32` must take what the backend does not: SGLang's logits are others."""
+        other = self.own_logits_dtype != self.target.logits_dtype
+        return other and self.decision.backend is not None
 
     @property
     def is_final(self) -> bool:
@@ -300,7 +322,7 @@ def make_plan(
     requested: str | None = None,
     gate: torch.nn.Module | None = None,
     own_forward: OwnForward | None = None,
-    logits_dtype: torch.dtype = torch.float32,
+    own_logits_dtype: torch.dtype = torch.float32,
     bias: torch.Tensor | None = None,
 ) -> Plan:
     """The plan of a gate with this weight; loads the kernel. For model load only.
@@ -311,7 +333,7 @@ def make_plan(
             the other ranks are not asked.
         gate: whose forward is replaced; with `own_forward` a kernel is held against it.
         own_forward: that forward, `own_forward(gate, hidden_states)`.
-        logits_dtype: what it gives.
+        own_logits_dtype: what it gives. The user may ask for another.
         bias: the gate's `[N]`, if it adds one.
 
     Raises:
@@ -323,15 +345,18 @@ def make_plan(
         device = torch.device("cuda", torch.cuda.current_device())
     asked = requested or requested_backend()
     settings = deterministic_inference(), pdl_enabled()
+    logits_dtype = own_logits_dtype
+    if requested is None:
+        logits_dtype = asked_logits_dtype(own_logits_dtype, bias is not None)
     target = _target(weight, device, logits_dtype, bias is not None)
-    key = (asked, target, type(gate), own_forward, *settings)
+    key = (asked, target, type(gate), own_forward, own_logits_dtype, *settings)
     if key not in _plans:
         ranks = Round(str(target)) if requested is None else None
 
         def unavailable(backend: Backend) -> str | None:
             return backend.missing(target.sm) or _reason(load_kernel(backend, target))
 
-        plan = _plan(asked, target, unavailable)
+        plan = _plan(asked, target, unavailable, own_logits_dtype)
         if gate is not None and own_forward is not None:
             plan = _without(plan, _difference(plan, gate, own_forward))
         if ranks is not None:
@@ -380,18 +405,24 @@ def find_plan(weight: torch.Tensor, before: Plan) -> Plan:
     def unavailable(backend: Backend) -> str | None:
         return _reason(find_kernel(backend, target))
 
-    plan = _plan(requested_backend(), target, unavailable)
+    plan = _plan(requested_backend(), target, unavailable, before.own_logits_dtype)
     _warn_at_load(plan)
     return plan
 
 
-def _plan(requested: str, target: Target, unavailable: Callable[[Backend], str | None]) -> Plan:
-    decision = decide(requested, target, unavailable, deterministic_inference())
+def _plan(
+    requested: str,
+    target: Target,
+    unavailable: Callable[[Backend], str | None],
+    own_logits_dtype: torch.dtype,
+) -> Plan:
+    settings = deterministic_inference(), own_logits_dtype
+    decision = decide(requested, target, unavailable, *settings)
     kernel: Run | str = "none"
     if decision.backend is not None:
         kernel = find_kernel(decision.backend, target)
     run = None if isinstance(kernel, str) else kernel
-    return Plan(requested, target, decision, run, pdl_enabled())
+    return Plan(requested, target, decision, run, pdl_enabled(), own_logits_dtype)
 
 
 def _target(
@@ -411,7 +442,8 @@ def _announce(plan: Plan) -> None:
     warned, decision = _warn_at_load(plan), plan.decision
     if plan.target.device.type != "cuda":
         return
-    served = ", ".join(f"M {tokens} {name or 'SGLang'}" for tokens, name in decision.ranges())
+    others = "torch" if plan.serves_every_m else "SGLang"
+    served = ", ".join(f"M {tokens} {name or others}" for tokens, name in decision.ranges())
     logger.info(
         "Router GEMM %s on SM %s: %s (backend %s, PDL %s)",
         plan.target,

@@ -59,7 +59,8 @@ class Asked(NamedTuple):
     """What the routed weights are multiplied with, here or behind the experts."""
     scales_here: bool
     scoring_func: str
-    is_grouped: bool
+    is_biased: bool
+    """It chooses by sigmoid and a correction bias, in groups or without."""
     unknown: tuple[object, ...]
     """The values of all fields that are not read here; see `_unknown_fields`."""
     scales_shared: bool = False
@@ -97,16 +98,17 @@ class Asked(NamedTuple):
 def ask(config: Any) -> Asked:
     """Reads SGLang's `TopKConfig`. Called for each call: a model sets some fields late."""
     num_shared = getattr(config, "num_shared_topk_slots", None)  # SGLang < 0.5.23 has the other
+    grouped = bool(config.use_grouped_topk)
     return Asked(
         config.top_k,
         config.num_fused_shared_experts if num_shared is None else num_shared,
-        config.num_expert_group or 1,
-        config.topk_group or 1,
+        (grouped and config.num_expert_group) or 1,
+        (grouped and config.topk_group) or 1,
         bool(config.renormalize),
         config.routed_scaling_factor,
         bool(config.apply_routed_scaling_factor_on_output),
         config.scoring_func,
-        bool(config.use_grouped_topk and config.correction_bias is not None),
+        config.correction_bias is not None and (grouped or config.scoring_func == "sigmoid"),
         tuple(getattr(config, name) for name in _unknown_fields(config.__class__)),
         config.fused_shared_experts_scaling_factor not in (None, 1),
     )
@@ -174,8 +176,8 @@ def decide(
         return "deterministic inference is on"
     if sm is None or sm < _MIN_SM:
         return f"SM is {sm}, must be {_MIN_SM} or newer"
-    if not asked.is_grouped:
-        return "it is not a top-k of groups with a correction bias"
+    if not asked.is_biased:
+        return "it is not a top-k by sigmoid and a correction bias"
     if asked.unknown != defaults:
         return f"its config has {asked.unknown}, must have {defaults}"
     if asked.scales_shared:
