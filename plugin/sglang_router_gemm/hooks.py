@@ -24,7 +24,7 @@ import torch
 import wrapt
 
 from sglang_router_gemm.contract import GATE_CLASS, examine, examine_routing
-from sglang_router_gemm.narrow import ATTRIBUTE, narrowed
+from sglang_router_gemm.narrow import ASKED, ATTRIBUTE, asking, narrowed
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe_router.models import Gate
@@ -220,6 +220,7 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
     assert gate.linear is not None
     attribute = gate.linear
     narrow = {name: narrowed(model, gate.name, name, attribute) for name in gate.casting}
+    ask, product = asking(model, gate.name, gate.multiplying, attribute)
     block_class = _class_of(model, gate.name)
     if block_class is None:
         return
@@ -227,16 +228,19 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
     def plan(block: Any) -> None:
         linear = getattr(block, attribute)
         plain = isinstance(linear, ReplicatedLinear) and not linear.skip_bias_add
-        if not plain or hasattr(linear, ATTRIBUTE):  # a block of a block's class: it is planned
+        if not plain or hasattr(linear, "own_logits"):  # a block of a block's class: it is planned
             return
         linear_class: Any = type(linear)
-        planned = _planned(linear_class)
-        plan_gate(linear, planned.own_logits, gate.logits_dtype, linear.bias)
+        asked = gate.fp32_if is not None and getattr(block, gate.fp32_if)
+        planned = _asked(linear_class, product) if asked else _planned(linear_class)
+        logits_dtype = torch.float32 if asked else gate.logits_dtype
+        plan_gate(linear, planned.own_logits, logits_dtype, linear.bias)
         # One class more, not a function on the layer: a copy's would have the first one's weight.
         if linear.router_plan is not None and linear.router_plan.decision.backend is not None:
             linear.__class__ = planned
-            for name, method in narrow.items():
-                setattr(block, name, types.MethodType(method, block))
+            for name, method in (ask if asked else narrow).items():
+                if getattr(type(block), name) is inspect.unwrap(method):  # not another plugin's
+                    setattr(block, name, types.MethodType(method, block))
 
     _plan_after_init(block_class, plan)
 
@@ -263,6 +267,21 @@ def _planned(linear: Any) -> Any:
         ATTRIBUTE: torch.bfloat16,
     }
     return type(linear.__name__, (linear,), body)
+
+
+@functools.cache
+def _asked(linear: Any, product: Callable[..., torch.Tensor]) -> Any:
+    """The class of a linear layer that is asked for the product with its weight."""
+    from sglang.srt.models.deepseek_v2_gate import router_logits
+
+    def fp32_logits(gate: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = router_logits(gate, hidden_states)
+        return product(gate, hidden_states) if logits is None else logits
+
+    # Its forward stays: up to 0.5.21 another method of the block calls it for bf16 logits.
+    body = {"own_logits": staticmethod(product), ASKED: fp32_logits}
+    names = {"__module__": linear.__module__, "__qualname__": linear.__qualname__}
+    return type(linear.__name__, (linear,), names | body)
 
 
 def patch_method_gate(gate: Gate, model: ModuleType) -> None:

@@ -16,12 +16,14 @@ _BF16, _FP32 = torch.bfloat16, torch.float32
 _Computed = tuple[torch.dtype, torch.dtype, bool, str]
 _MOE_GATE: _Computed = (_BF16, _FP32, False, "SGLang MoEGate")
 _CUBLAS: _Computed = (_BF16, _FP32, False, "cuBLAS fp32")
+_CAST_MATMUL: _Computed = (_BF16, _FP32, False, "SGLang fp32 matmul")
 _FP32_LINEAR: _Computed = (_FP32, _FP32, False, "SGLang fp32 F.linear")
 _TF32_LINEAR: _Computed = (_FP32, _FP32, False, "SGLang TF32 F.linear")
 _BF16_LINEAR: _Computed = (_BF16, _BF16, False, "F.linear")
 
 # By architecture; every other is taken for one of DeepSeek's.
 _GATES: Mapping[str, _Computed] = {
+    "Ernie4_5_MoeForCausalLM": _BF16_LINEAR,
     "Glm4MoeForCausalLM": _TF32_LINEAR,
     "Glm4MoeLiteForCausalLM": _FP32_LINEAR,
     "Glm4vMoeForConditionalGeneration": _FP32_LINEAR,
@@ -38,9 +40,14 @@ _GATES: Mapping[str, _Computed] = {
     "Qwen3MoeForCausalLM": _BF16_LINEAR,
     "Qwen3NextForCausalLM": _BF16_LINEAR,
     "Qwen3VLMoeForConditionalGeneration": _BF16_LINEAR,
+    "Step3VLForConditionalGeneration": _BF16_LINEAR,
+    "Step3p5ForCausalLM": _CAST_MATMUL,
+    "Step3p7ForConditionalGeneration": _CAST_MATMUL,
 }
 
-_NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+_NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+# How many layers have no experts, or, in Step's, which ones have: "3,4,5".
+_FIRST, _CHOSEN = ("first_k_dense_replace", "moe_layer_start_index"), "moe_layers_enum"
 
 
 class ConfigError(Exception):
@@ -92,9 +99,11 @@ def read_gate(path: Path) -> GateConfig:
             hidden_size, layers = part.get("hidden_size"), part.get("num_hidden_layers")
             if isinstance(num_experts, int) and isinstance(hidden_size, int):
                 num_experts += part.get("zero_expert_num") or 0  # LongCat's gate scores these too
-                if isinstance(layers, int):
-                    layers -= part.get("first_k_dense_replace") or 0  # these have no experts
-                computed = _computed(whole.get("architectures") or (), part.get("moe_router_dtype"))
+                if isinstance(part.get(_CHOSEN), str):
+                    layers = len(part[_CHOSEN].split(","))
+                elif isinstance(layers, int):
+                    layers -= next((part[name] for name in _FIRST if part.get(name)), 0)
+                computed = _computed(whole.get("architectures") or (), part)
                 return GateConfig(num_experts, hidden_size, layers, *computed)
     raise ConfigError(
         f"{file} has no {', '.join(_NUM_EXPERTS[:-1])} or {_NUM_EXPERTS[-1]} beside "
@@ -102,10 +111,12 @@ def read_gate(path: Path) -> GateConfig:
     )
 
 
-def _computed(architectures: Sequence[str], router_dtype: str | None) -> _Computed:
+def _computed(architectures: Sequence[str], config: Mapping[str, object]) -> _Computed:
     for name in architectures:
-        if name.startswith("MiMoV2") and router_dtype == "bfloat16":
+        if name.startswith("MiMoV2") and config.get("moe_router_dtype") == "bfloat16":
             return _CUBLAS
+        if name.startswith("Step3p") and not config.get("need_fp32_gate"):
+            return _BF16_LINEAR
         if name in _GATES:
             return _GATES[name]
     return _MOE_GATE

@@ -17,8 +17,9 @@ from sglang.srt.layers.moe_router.models import Gate
 
 def config(num_experts: int, hidden_size: int) -> SimpleNamespace:
     """What these blocks read of a config.json, each under its model's names."""
-    counts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), num_experts)
-    top_k = dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk"), 8)
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    chosen = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
+    counts, top_k = dict.fromkeys(experts, num_experts), dict.fromkeys(chosen, 8)
     return SimpleNamespace(
         **counts,
         **top_k,
@@ -44,8 +45,20 @@ def config(num_experts: int, hidden_size: int) -> SimpleNamespace:
         swiglu_alpha=1.702,
         n_group=1,
         router_bias=False,
+        moe_router_scaling_factor=1.0,
+        use_moe_router_bias=True,
+        swiglu_limits=[0.0],
+        need_fp32_gate=False,
         dtype=torch.bfloat16,
     )
+
+
+class _Logits(torch.nn.Module):
+    """In place of a block's top-k and experts: gives the logits, as wide as hidden_states."""
+
+    def forward(self, hidden_states: torch.Tensor, topk_output: torch.Tensor) -> torch.Tensor:
+        missing = hidden_states.shape[1] - topk_output.shape[1]
+        return torch.nn.functional.pad(topk_output, (0, missing))
 
 
 @contextmanager
@@ -73,14 +86,15 @@ def one_rank(device: str) -> Iterator[None]:
         yield
 
 
-def build(gate: Gate, num_experts: int, hidden_size: int) -> tuple[Any, Any]:
+def build(gate: Gate, num_experts: int, hidden_size: int, **more: Any) -> tuple[Any, Any]:
     """The block, with every hook applied, and its gate with random weights.
 
-    In `one_rank`, on the current default device.
+    In `one_rank`, on the current default device. `more` goes into the config.
     """
     assert gate.linear is not None
-    block_class = getattr(importlib.import_module(f"sglang.srt.models.{gate.module}"), gate.name)
+    block_class = _class_of(gate)
     given: dict[str, Any] = {"config": config(num_experts, hidden_size)}
+    vars(given["config"]).update(more)
     if gate.module == "kimi_linear":  # its shared expert needs CUTLASS for Python on a GPU
         given["config"].num_shared_experts = None
     if "layer_id" in inspect.signature(block_class.__init__).parameters:
@@ -94,3 +108,22 @@ def build(gate: Gate, num_experts: int, hidden_size: int) -> tuple[Any, Any]:
     for parameter in linear.parameters():
         torch.nn.init.normal_(parameter)
     return block, linear
+
+
+def call_methods(
+    gate: Gate, block: Any, hidden_states: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits from each method of a block that multiplies, and those from SGLang's own."""
+    assert gate.linear is not None
+    block_class = _class_of(gate)
+    num_experts = getattr(block, gate.linear).weight.shape[0]
+    block.topk, block.experts = _Logits(), _Logits()
+    for method in gate.multiplying:
+        more = [None] if method == "forward_deepep" else []
+        logits = getattr(block, method)(hidden_states, *more)
+        own = getattr(block_class, method)(block, hidden_states, *more)
+        yield logits[:, :num_experts], own[:, :num_experts]
+
+
+def _class_of(gate: Gate) -> Any:
+    return getattr(importlib.import_module(f"sglang.srt.models.{gate.module}"), gate.name)

@@ -130,11 +130,18 @@ def test_the_layers_are_those_with_experts(tmp_path: Path) -> None:
         ("Qwen3MoeForCausalLM", {"moe_router_dtype": "bfloat16"}, (BF16, BF16, False), "F.linear"),
         ("KimiLinearForCausalLM", {}, (BF16, BF16, False), "F.linear"),
         ("GptOssForCausalLM", {}, (BF16, BF16, True), "FlashInfer tinygemm"),
+        (
+            "Step3p5ForCausalLM",
+            {"need_fp32_gate": True},
+            (BF16, FP32, False),
+            "SGLang fp32 matmul",
+        ),
+        ("Step3p5ForCausalLM", {}, (BF16, BF16, False), "F.linear"),
     ],
 )
 def test_what_the_gate_of_a_model_computes(
     architecture: str | None,
-    more: dict[str, str],
+    more: dict[str, object],
     form: tuple[torch.dtype, torch.dtype, bool],
     own: str,
     tmp_path: Path,
@@ -143,6 +150,21 @@ def test_what_the_gate_of_a_model_computes(
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts": 128}))
     gate = read_gate(tmp_path)
     assert (gate.shape, gate.form, gate.own) == ((128, 4096), form, own)
+
+
+@pytest.mark.parametrize(
+    ("more", "layers"),
+    [
+        ({"num_hidden_layers": 45, "moe_layers_enum": "3,4,44"}, 3),  # Step-3.5
+        ({"num_hidden_layers": 28, "moe_layer_start_index": 1}, 27),  # Ernie 4.5
+    ],
+)
+def test_experts_have_another_name_in_some_models(
+    more: dict[str, object], layers: int, tmp_path: Path
+) -> None:
+    config = {"moe_num_experts": 288, "hidden_size": 4096} | more
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    assert read_gate(tmp_path) == GateConfig(288, 4096, layers)
 
 
 def test_longcats_gate_has_its_zero_experts(tmp_path: Path) -> None:

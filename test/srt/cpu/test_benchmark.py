@@ -28,6 +28,7 @@ import benchmark_deepgemm_dsv3_router_gemm_blackwell as benchmark  # noqa: E402
 from router_gemm_benchmark import accuracy, providers, report, timing  # noqa: E402
 from router_gemm_benchmark.providers import (  # noqa: E402
     BF16_LOGITS,
+    CAST_MATMUL,
     CUBLAS,
     FP32_LINEAR,
     FP32_WEIGHT,
@@ -55,7 +56,7 @@ FORMS = {"plain": PLAIN, "fp32": FP32_WEIGHT, "bf16": BF16_LOGITS, "bias": WITH_
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 # What runs on a CPU, too.
 ON_A_CPU = {
-    PLAIN: {"F.linear (bf16 out)", "ours: torch"},
+    PLAIN: {CAST_MATMUL, "F.linear (bf16 out)", "ours: torch"},
     FP32_WEIGHT: {FP32_LINEAR, TF32_LINEAR, "ours: torch"},
     BF16_LOGITS: {LINEAR, "ours: torch"},
     WITH_BIAS: {LINEAR, "ours: torch"},
@@ -183,7 +184,8 @@ OURS = [f"ours: {name}" for name in BACKENDS]
 def test_each_form_has_the_peers_that_serve_it() -> None:
     assert _names(PLAIN, 128, 7168) == [
         *("FlashInfer (bf16 out)", "FlashInfer tinygemm (bf16 out)", "sgl_kernel", "SGLang dsv3"),
-        *("SGLang tiny_gemm", "SGLang MoEGate", "vLLM ll_bf16", CUBLAS, "F.linear (bf16 out)"),
+        *("SGLang tiny_gemm", "SGLang MoEGate", "vLLM ll_bf16", CUBLAS, CAST_MATMUL),
+        "F.linear (bf16 out)",
         *OURS,
     ]
     assert _names(FP32_WEIGHT, 128, 7168) == [
@@ -299,6 +301,13 @@ def test_moegate_is_built_with_the_weights_that_it_is_timed_with(
     monkeypatch.setattr(check, "sglang_gate", lambda *args: older)
     with pytest.raises(Skip, match=r"this release keeps the weight in torch\.bfloat16"):
         gate.build()
+
+
+def test_a_product_of_casts_is_right() -> None:
+    (cast_matmul,) = (each for each in all_providers(N, K, CPU) if each.name == CAST_MATMUL)
+    with torch.no_grad():
+        found = accuracy.check(cast_matmul, cast_matmul.build(), 3, N, K, CPU)
+    assert found.failure is None
 
 
 @pytest.mark.parametrize(("name", "precision"), [(FP32_LINEAR, "highest"), (TF32_LINEAR, "high")])

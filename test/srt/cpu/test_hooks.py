@@ -238,6 +238,7 @@ load_plugins()
 import blocks
 from sglang.srt.layers.moe_router.models import GATES
 gate = next(each for each in GATES if each.module == "{module}")
+torch.manual_seed(0)
 class Stop(Exception): pass
 def record(linear, given):
     print("GIVEN", given[0].dtype)
@@ -377,6 +378,129 @@ def test_gates_whose_block_multiplies(gate: Gate, fork_python: Callable[..., str
     else:
         assert "WARNING Router" not in said
         assert said.splitlines()[-1] == "torch.float32 torch.float32 True"
+
+
+MULTIPLIES = """
+import copy, dataclasses, importlib, logging
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+import torch
+import sglang_router_gemm
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import blocks
+from sglang.srt.layers.moe_router.models import GATES
+from sglang.srt.lora.layers import BaseLayerWithLoRA
+gate = next(each for each in GATES if each.module == "{module}")
+torch.manual_seed(0)
+few, many = (torch.randn(count, 128, dtype=torch.bfloat16) for count in (5, 129))
+def build(in_fp32, gate=gate):
+    block, linear = blocks.build(gate, 32, 128, **{{gate.fp32_if: in_fp32}})
+    ours = [method for method in gate.multiplying if method in vars(block)]
+    return block, linear, ours
+def calls(block, hidden_states):
+    return list(blocks.call_methods(gate, block, hidden_states))
+def ones(hidden_states, weight, logits, pdl, bias):
+    return logits.fill_(1)
+with blocks.one_rank("cpu"), torch.no_grad():
+    block, linear, ours = build(True)
+    plan = linear.router_plan
+    served = plan.decision.backend is not None
+    assert ours == (list(gate.multiplying) if served else [])
+    for each in (block, copy.deepcopy(block)):
+        torch.nn.init.normal_(each.gate.weight)
+        for logits, own in calls(each, few):
+            assert logits.dtype == torch.float32
+            torch.testing.assert_close(logits, own)
+    if served:
+        decision = plan.decision._replace(num_tokens=range(129))
+        linear.router_plan = dataclasses.replace(plan, run=ones, decision=decision)
+        assert all((logits == 1).all() for logits, _ in calls(block, few))
+        assert all(torch.equal(logits, own) for logits, own in calls(block, many))
+        assert linear(few)[0].dtype == torch.bfloat16  # older releases call it for DeepEP
+        block.gate = BaseLayerWithLoRA(linear, None)
+        assert all(torch.equal(logits, own) for logits, own in calls(block, few))
+        block.gate = linear
+        for dynamic in (False, True):
+            method = block.forward_normal
+            traced = torch.compile(method, backend="eager", fullgraph=True, dynamic=dynamic)
+            for hidden_states in (few, many):  # in a trace of M = 129 SGLang's own is seen
+                linear.router_plan = dataclasses.replace(plan, decision=decision)
+                torch.testing.assert_close(traced(hidden_states), method(hidden_states))
+        module = importlib.import_module("sglang.srt.models.{module}")
+        own = dict(forward_normal=lambda block, hidden_states: "another")
+        module.Sub = type("Sub", (type(block),), own)
+        sub, _, ours = build(True, gate._replace(name="Sub"))
+        assert sub.forward_normal(few) == "another" and ours == ["forward_deepep"]
+        block, linear, ours = build(False)
+        assert not ours
+        linear.router_plan = dataclasses.replace(linear.router_plan, run=ones)
+        for logits, _ in calls(block, few):
+            assert (logits == 1).all() and logits.dtype == torch.bfloat16
+print(linear.weight.dtype, plan.target.logits_dtype, served)
+"""
+
+
+@pytest.mark.parametrize(("backend", "served"), [("torch", True), ("auto", False)])
+@pytest.mark.parametrize(
+    "gate", [each for each in GATES if each.multiplying], ids=lambda gate: gate.module
+)
+def test_gates_whose_block_multiplies_in_its_midst(
+    gate: Gate, backend: str, served: bool, fork_python: Callable[..., str]
+) -> None:
+    code = MULTIPLIES.format(module=gate.module)
+    said = fork_python(code, SGLANG_ROUTER_GEMM_BACKEND=backend)
+    assert said.count(f"sglang.srt.models.{gate.module}.{gate.name} is hooked.") == 1
+    warnings = [line for line in said.splitlines() if line.startswith("WARNING Router")]
+    assert ["M is 129, must be" in line for line in warnings] == [True] * served
+    assert said.splitlines()[-1] == f"torch.bfloat16 torch.float32 {served}"
+
+
+OTHER_PRODUCT = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+import torch
+import sglang_router_gemm
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang_router_gemm import narrow
+product = narrow._PRODUCT
+narrow._PRODUCT = product.replace("matmul", "mm")
+import sglang.srt.models.step3p5 as step
+print(hasattr(step.Step3p5MoEMLP.__init__, "__wrapped__"))
+narrow._PRODUCT = product
+own = step.Step3p5MoEMLP.forward_normal
+own.__kwdefaults__ = dict(another=1)
+methods, _ = narrow.asking(step, "Step3p5MoEMLP", ("forward", "forward_normal"), "gate")
+same = methods["forward_normal"]
+first = [each.__code__.co_firstlineno for each in (own, same)]
+print(list(methods), first[0] == first[1], same.__kwdefaults__ == dict(another=1))
+for method in ("forward", "nothing"):
+    try:
+        narrow.asking(step, "Step3p5MoEMLP", (method,), "gate")
+    except ValueError as error:
+        print("REFUSED", error)
+"""
+
+
+def test_a_block_that_multiplies_in_another_way_is_left_alone(
+    fork_python: Callable[..., str],
+) -> None:
+    said = fork_python(OTHER_PRODUCT, SGLANG_ROUTER_GEMM_BACKEND="torch")
+    where = "sglang.srt.models.step3p5"
+    assert said.count("WARNING Router") == 1
+    assert f"WARNING Router GEMM: {where} cannot be hooked, SGLang's own serves instead." in said
+    assert (
+        f"ValueError: {where}.Step3p5MoEMLP.forward_normal has router_logits = torch.matmul("
+        "hidden_states.to(torch.float32), self.gate.weight.t().to(torch.float32)), must use "
+        "self.gate.weight in torch.mm("
+    ) in said
+    assert said.splitlines()[-4:] == [
+        "False",
+        "['forward_normal'] True True",
+        f"REFUSED {where}.Step3p5MoEMLP multiplies by self.gate.weight in none of its methods "
+        "forward, must in one",
+        f"REFUSED {where}.Step3p5MoEMLP.nothing must be a plain function of SGLang's",
+    ]
 
 
 NOT_PLAIN = """

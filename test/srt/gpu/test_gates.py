@@ -186,11 +186,61 @@ print("RIGHT")
         ("gpt_oss", 128, 2880),
         ("minimax_m2", 256, 3072),
         ("hunyuan_v3", 192, 4096),
+        ("step3p5", 288, 4096),
     ],
 )
 def test_the_gates_that_are_linear_layers(
     module: str, num_experts: int, hidden_size: int, run_python: Callable[..., str]
 ) -> None:
     code = LINEAR.format(module=module, num_experts=num_experts, hidden_size=hidden_size)
+    said = run_python(code, SGLANG_ROUTER_GEMM_BACKEND="cluster")
+    assert "RIGHT" in said.splitlines(), said
+
+
+MULTIPLIES = """
+import torch
+import sglang_router_gemm
+from sglang_router_gemm import hooks
+hooks.register()
+import blocks
+from sglang.srt.layers.moe_router.models import GATES
+from sglang.srt.models.deepseek_v2_gate import router_logits
+gate = next(each for each in GATES if each.module == "{module}")
+torch.manual_seed(0)
+with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
+    options = {{gate.fp32_if: True}}
+    block, linear = blocks.build(gate, {num_experts}, {hidden_size}, **options)
+    for num_tokens in (1, 8, 16, 33, 128, 129):
+        hidden_states = torch.randn(num_tokens, {hidden_size}, dtype=torch.bfloat16)
+        ours = router_logits(linear, hidden_states)
+        assert (ours is not None) == (num_tokens <= 128), linear.router_plan.decision.reason
+        expected = hidden_states.double() @ linear.weight.double().t()
+        for logits, own in blocks.call_methods(gate, block, hidden_states):
+            assert torch.equal(logits, own if ours is None else ours)
+            assert logits.dtype == own.dtype == torch.float32
+            error = float((logits.double() - expected).norm() / expected.norm())
+            assert error < (1e-6 if ours is not None else 1e-5), (num_tokens, error)
+        logits = block.forward_normal(hidden_states)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = block.forward_normal(hidden_states)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, logits)
+    traced = torch.compile(block.forward_normal, fullgraph=True, dynamic=True)
+    for num_tokens in (5, 130):
+        hidden_states = torch.randn(num_tokens, {hidden_size}, dtype=torch.bfloat16)
+        found, logits = traced(hidden_states), block.forward_normal(hidden_states)
+        assert found.dtype == logits.dtype
+        torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-2)
+print("RIGHT")
+"""
+
+
+@pytest.mark.parametrize(("module", "num_experts", "hidden_size"), [("step3p5", 288, 4096)])
+def test_the_gates_whose_block_multiplies_in_its_midst(
+    module: str, num_experts: int, hidden_size: int, run_python: Callable[..., str]
+) -> None:
+    code = MULTIPLIES.format(module=module, num_experts=num_experts, hidden_size=hidden_size)
     said = run_python(code, SGLANG_ROUTER_GEMM_BACKEND="cluster")
     assert "RIGHT" in said.splitlines(), said

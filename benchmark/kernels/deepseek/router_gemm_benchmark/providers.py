@@ -47,7 +47,7 @@ _FLASHINFER = {
     (128, 7168): ("mm_M1_16_K7168_N128", BF16),
 }
 
-CUBLAS = "cuBLAS fp32"
+CUBLAS, CAST_MATMUL = "cuBLAS fp32", "SGLang fp32 matmul"
 FP32_LINEAR, TF32_LINEAR = "SGLang fp32 F.linear", "SGLang TF32 F.linear"
 LINEAR = "F.linear"
 
@@ -213,6 +213,12 @@ def all_providers(
             lambda: _cublas(device),
             pdl="never",
             note="torch.mm(…, out_dtype=torch.float32)",
+        ),
+        Provider(
+            CAST_MATMUL,
+            lambda: _matmul_of_casts,
+            pdl="never",
+            note="torch.matmul(hidden_states.float(), weight.t().float()), as in Step-3.5",
         ),
         Provider(
             f"{LINEAR}{mark}",
@@ -382,6 +388,12 @@ def _linear_of_fp32(precision: str) -> Gemm:
             return F.linear(hidden_states.float(), weight)
 
     return gemm
+
+
+def _matmul_of_casts(
+    hidden_states: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, pdl: bool
+) -> torch.Tensor:
+    return torch.matmul(hidden_states.to(FP32), weight.t().to(FP32))
 
 
 def _vllm(device: torch.device) -> Gemm:

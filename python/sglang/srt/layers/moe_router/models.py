@@ -104,6 +104,10 @@ class Gate(NamedTuple):
     """None where the logits have the weight's."""
     casting: tuple[str, ...] = ()
     """The methods of the class that widen hidden_states for the gate, in a launch of their own."""
+    multiplying: tuple[str, ...] = ()
+    """The methods of the class that multiply by the layer's weight themselves, in fp32, in a block
+    whose attribute `fp32_if` is true; in another one they call the layer."""
+    fp32_if: str | None = None
     method: str | None = None
     """What gives the logits from the layer's weight, `method(hidden_states)` of the class, where
     that is not the layer's own forward."""
@@ -138,6 +142,14 @@ GATES: tuple[Gate, ...] = (
         "gate",
         _AS_WEIGHT,
         casting=("_forward_single_stream", "_forward_dual_stream"),
+    ),
+    Gate(
+        "step3p5",  # Step-3.7 and the draft model, too
+        "Step3p5MoEMLP",
+        "gate",
+        _AS_WEIGHT,
+        multiplying=("forward_normal", "forward_deepep"),
+        fp32_if="need_fp32_gate",
     ),
     Gate("longcat_flash", "LongcatFlashRouter", "classifier", method="forward"),
     Gate("minimax_m3", "MiniMaxM3MoE", "gate", method="_compute_router_logits"),
