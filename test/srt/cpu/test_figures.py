@@ -163,7 +163,8 @@ def test_auto_is_that_of_the_models(tmp_path: Path) -> None:
 
 def test_the_settings_are_those_of_the_code(tmp_path: Path) -> None:
     _, _, backend, pdl = _rows(_filled(tmp_path / "text.md", "settings"))
-    assert backend[1] == ", ".join(f"`{choice}`" for choice in CHOICES)
+    names = ", ".join(f"`{choice}`" for choice in CHOICES)
+    assert backend[1] == f"{names}; `,fp32` behind each but `off`"
     assert (backend[0], pdl[0]) == ("`SGLANG_ROUTER_GEMM_BACKEND`", "`SGLANG_ROUTER_GEMM_PDL`")
 
 
