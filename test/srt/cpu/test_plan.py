@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sglang.srt.layers.moe_router.environ import CHOICES
 from sglang.srt.layers.moe_router.kernel import Target
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, find_model
 from sglang.srt.layers.moe_router.plan import Decision, Plan, decide, make_plan
+from sglang.srt.models.deepseek_v2_gate import router_logits
 
 GPU = torch.device("cuda", 0)
 BLACKWELL = Target(GPU, 100, 256, 7168)
@@ -363,12 +365,16 @@ def test_fp32_logits_where_sglangs_own_are_bf16(
     if has_bias:  # gpt-oss's: as it was
         return
     assert served(plan.decision) == ("torch", BACKENDS["torch"].rule.num_tokens)
-    rows = torch.randn(5, 64, dtype=torch.bfloat16)
-    with torch.no_grad():
-        logits = plan.logits(rows, gate.weight)
-    assert logits is not None
-    assert logits.dtype == torch.float32
-    assert same_as_fp64(logits, rows, gate.weight)
+    few = plan.decision._replace(num_tokens=range(5))
+    for decision in (plan.decision, few):  # what the backend does not take is as wide
+        gate.router_plan = replace(plan, decision=decision)
+        for num_tokens in (4, 5):
+            rows = torch.randn(num_tokens, 64, dtype=torch.bfloat16)
+            with torch.no_grad():
+                logits = router_logits(gate, rows)
+            assert logits is not None
+            assert logits.dtype == torch.float32
+            assert same_as_fp64(logits, rows, gate.weight)
 
 
 def test_auto_with_fp32_logits_takes_the_row_of_sglangs_own() -> None:
