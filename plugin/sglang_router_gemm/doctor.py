@@ -21,6 +21,7 @@ from sglang.srt.layers.moe_router.environ import (
     asked_logits_dtype,
     pdl_enabled,
     requested_backend,
+    requested_setting,
 )
 from sglang.srt.layers.moe_router.jit import BuildError, find_nvcc
 from sglang.srt.layers.moe_router.kernel import Target, device_sm
@@ -63,7 +64,7 @@ def examine() -> dict[str, Any]:
         "versions": installed_versions() | {"cuda": torch.version.cuda},
         "nvcc": _nvcc(sm),
         "settings": {
-            SGLANG_ROUTER_GEMM_BACKEND.name: requested_backend(),
+            SGLANG_ROUTER_GEMM_BACKEND.name: requested_setting(),
             SGLANG_ROUTER_GEMM_PDL.name: pdl_enabled(),
         },
         "plugin": why_not_loaded(),
@@ -87,8 +88,9 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         asked[backend.name] = find_kernel(backend, target)
         return why_not_loaded() or asked[backend.name].problem
 
-    own_logits_dtype = model.logits_dtype
-    decision = decide(requested_backend(), target, unavailable, own_logits_dtype=own_logits_dtype)
+    decision = decide(requested_backend(), target, unavailable, own_logits_dtype=model.logits_dtype)
+    wide = decision.backend is not None and logits_dtype != model.logits_dtype
+    others = "torch" if wide else "sglang"
     return {
         "model": model.name,
         "num_experts": model.num_experts,
@@ -98,7 +100,7 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         "paths": [
             {
                 "num_tokens": num_tokens,
-                "path": name or "sglang",
+                "path": name or others,
                 "reason": decision.reason if name is None else not_measured(name, sm),
                 "kernel": asked[name].origin if name is not None else None,
             }

@@ -172,6 +172,17 @@ def test_the_text_fits_a_terminal(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "Ray actors and in `python -m" in text
 
 
+def test_fp32_logits(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BACKEND, "auto,fp32")
+    assert doctor.examine()["settings"][BACKEND] == "auto,fp32"
+    found = {model.name: doctor.examine_gate(model, GPU, 90) for model in MODELS}
+    qwen, gpt_oss = found["Qwen3-235B"], found["gpt-oss-120b"]
+    assert qwen["gate"] == "[128, 4096]"
+    assert [each["path"] for each in qwen["paths"]] == ["cluster", "torch"]
+    assert gpt_oss["gate"] == "[128, 2880] with a bias, bfloat16 logits"
+    assert [each["path"] for each in gpt_oss["paths"]] == ["cluster", "sglang"]
+
+
 def test_a_reason_stands_under_its_row(nvcc: Path) -> None:
     text = doctor.as_text(doctor.examine() | {"models": [_deepseek_v3()]})
     lines = text.splitlines()

@@ -23,6 +23,7 @@ from sglang.srt.layers.moe_router.kernel import Target
 from sglang.srt.layers.moe_router.models import MODELS
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.model_config import ConfigError, read_gate
+from sglang_router_gemm.prebuild import plan_jobs
 
 COMPILER = """#!/bin/sh
 case " $* " in
@@ -214,6 +215,14 @@ def test_one_model_alone(machine: Machine, tmp_path: Path) -> None:
         assert "9.0a: ready: cluster_router_gemm_n384_k7168_sm90" in done.stdout
         assert machine.compiled == 3  # the routing, too, without a shared expert and with one
         assert "chown" not in done.stdout  # anybody may read cluster's
+
+
+def test_fp32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLASHINFER_CUDA_ARCH_LIST", raising=False)
+    for setting, logits_dtype in (("auto", "bfloat16"), ("auto,fp32", "float32")):
+        monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", setting)
+        jobs = plan_jobs(None, ["9.0a"], [(512, 2048)])["9.0a"]
+        assert [(job.backend, job.logits_dtype) for job in jobs] == [("cluster", logits_dtype)]
 
 
 def test_a_shape_that_auto_does_not_take(machine: Machine) -> None:

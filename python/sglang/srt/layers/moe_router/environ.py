@@ -33,19 +33,27 @@ SGLANG_ROUTER_GEMM_PDL: EnvBool = _registered("SGLANG_ROUTER_GEMM_PDL", EnvBool(
 
 
 def requested_backend() -> str:
-    """What `SGLANG_ROUTER_GEMM_BACKEND` asks for, one of `CHOICES`.
+    """The backend that `SGLANG_ROUTER_GEMM_BACKEND` asks for, one of `CHOICES`.
 
     Raises:
-        ValueError: the variable holds another name.
+        ValueError: the variable holds another value.
     """
-    text = _text(SGLANG_ROUTER_GEMM_BACKEND) or AUTO
-    name = text.removesuffix(_FP32)
-    if name not in CHOICES or text == OFF + _FP32:
+    return requested_setting().removesuffix(_FP32)
+
+
+def requested_setting() -> str:
+    """The same, with `,fp32` behind it where gates that give bf16 logits are to give fp32.
+
+    Raises:
+        ValueError: the variable holds another value.
+    """
+    setting = _text(SGLANG_ROUTER_GEMM_BACKEND) or AUTO
+    if setting.removesuffix(_FP32) not in CHOICES or setting == OFF + _FP32:
         raise ValueError(
-            f"SGLANG_ROUTER_GEMM_BACKEND is {text!r}, must be one of {', '.join(CHOICES)}; "
+            f"SGLANG_ROUTER_GEMM_BACKEND is {setting!r}, must be one of {', '.join(CHOICES)}; "
             f"{_FP32} may follow each but {OFF}"
         )
-    return name
+    return setting
 
 
 def asked_logits_dtype(own: torch.dtype, bias: bool) -> torch.dtype:
@@ -57,8 +65,7 @@ def asked_logits_dtype(own: torch.dtype, bias: bool) -> torch.dtype:
         own: of the logits that SGLang's own gate gives.
         bias: it adds one.
     """
-    wide = (_text(SGLANG_ROUTER_GEMM_BACKEND) or AUTO).endswith(_FP32)
-    return torch.float32 if wide and not bias else own
+    return torch.float32 if requested_setting().endswith(_FP32) and not bias else own
 
 
 def pdl_enabled() -> bool:
