@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/*.md: from the committed results, and from the code.
+"""Writes the tables of README.md and docs: from the committed results, and from the code.
 
 python3 docs/fill_figures.py            rewrites the blocks between the markers
 python3 docs/fill_figures.py --check    exits with 1 where a block is not up to date
@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from router_gemm_benchmark import how_to_call  # noqa: E402
 try:
     import torch
     from router_gemm_benchmark.providers import CUBLAS, FP32_LINEAR, LINEAR, TF32_LINEAR
-    from router_gemm_benchmark.report import accuracy_table, headline_mode, mode_table, plot_stem
+    from router_gemm_benchmark.report import headline_mode, mode_table, plot_stem
     from tabulate import tabulate
 
     import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
@@ -36,6 +36,7 @@ try:
     )
     from sglang.srt.layers.moe_router.kernel import Target, dtype_name
     from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Auto, Model
+    from sglang_router_gemm.pull_requests import gate as pr_gate
 except ModuleNotFoundError as error:
     sys.exit(how_to_call(error))
 
@@ -44,41 +45,15 @@ Results = Mapping[str, Any]
 BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 BLACKWELL = re.compile(r"\bG?B\d00\b")
 NAMED = ("torch", "sglang", "flashinfer-python")
+CLUSTER, TINY_GEMM = "ours: cluster", "SGLang tiny_gemm"
+FLASHINFER = "FlashInfer"
+BF16_OUT = " (bf16 out)"  # of a provider that rounds where the gate gives fp32
+# Up to which M SGLang 0.5.23's MoEGate calls it.
+TINY_GEMM_MAX_NUM_TOKENS = 16
 NO_RESULTS = "No results of the benchmark are committed yet."
 # As a page in docs/ links to it.
 PLOTS = "../benchmark/kernels/deepseek/results/cluster"
 HEADLINE_RUN, HEADLINE_NUM_TOKENS = "h200.json", (1, 4, 8, 16, 64)
-
-
-def accuracy(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
-    """The logits of the server's gates and of each kernel, and the tokens served."""
-    parts = []
-    for run in servers:
-        ours, off = run["servings"]
-        same = sum(a == b for a, b in zip(_requests(ours), _requests(off), strict=True))
-        rows = [
-            (
-                layer["layer"],
-                layer["rows"],
-                f"{layer['relative_difference']:.1e}",
-                f"{100 * layer['same_experts']:.2f} %",
-            )
-            for layer in run["layers"]
-        ]
-        headers = ("gate", "tokens", "relative difference of logits", "same experts")
-        parts += [
-            f"The server with backend `{ours['backend']}` against `{off['backend']}` on "
-            f"{_where(run['environment'], run['environment'])}, a model of "
-            f"{run['config']['num_hidden_layers']} layers with dummy weights: the same tokens in "
-            f"{same} of {len(_requests(off))} requests.",
-            _github(rows, headers),
-        ]
-    for run in benchmarks:
-        parts += [
-            f"Each kernel's logits against fp64 on {_benchmark(run)}, the worst M:",
-            f"```\n{accuracy_table(dict(run))}\n```",
-        ]
-    return "\n\n".join(parts)
 
 
 def speed(benchmarks: Sequence[Results]) -> str:
@@ -196,7 +171,7 @@ def gates(runs: Sequence[Results]) -> str:
             }
             linear = next(name for name in (FP32_LINEAR, CUBLAS, LINEAR) if name in us)
             tf32, others = us.get(TF32_LINEAR), set(us) - {linear, TF32_LINEAR, "SGLang MoEGate"}
-            others -= {name for name in us if name.startswith("ours")}
+            others -= {name for name in us if name.startswith("ours") or name.endswith(BF16_OUT)}
             best = min(others, key=us.__getitem__, default=None)
             rows.append(
                 (
@@ -252,28 +227,116 @@ def fp32_weights(run: Results, shown: Collection[tuple[int, int]] = ()) -> str:
     )
 
 
-def not_measured(servers: Sequence[Results], benchmarks: Sequence[Results]) -> str:
-    """What the committed results do not have."""
-    gpus = sorted(
-        {run["environment"]["GPU"] for run in servers} | {run["gpu"] for run in benchmarks}
+def pr_gate_speed(runs: Sequence[Results]) -> str:
+    """µs of the kernel, and of what `MoEGate` runs without it, where the pull request takes it."""
+    rows = []
+    for run, model, taken in _of_pr_gate(runs):
+        us = _chain(run)
+        for m in run["num_tokens"]:
+            if m in taken and m & (m - 1) == 0:
+                now = TINY_GEMM if m <= TINY_GEMM_MAX_NUM_TOKENS else CUBLAS
+                cells = us[now, m], us[CLUSTER, m]
+                gate = f"{model}, {run['num_experts']} x {run['hidden_size']}"
+                shown = f"{cells[0]:.2f}", f"{cells[1]:.2f}", f"{cells[0] / cells[1]:.2f}"
+                rows.append((run["gpu"], gate, str(m), now, *shown))
+    headers = ("GPU", "gate, N x K", "M", "runs now", "now", "this PR", "now / this PR")
+    return _github(rows, headers) if rows else NO_RESULTS
+
+
+def pr_gate_accuracy(runs: Sequence[Results]) -> str:
+    """The worst of the kernel and of what it replaces, where the pull request takes it."""
+    names = {CLUSTER: "this PR", TINY_GEMM: TINY_GEMM, CUBLAS: CUBLAS}
+    return _accuracy((run, f"{model}, ", names) for run, model, _ in _of_pr_gate(runs))
+
+
+def pr_flashinfer_accuracy(runs: Sequence[Results]) -> str:
+    """The worst of FlashInfer's kernel and of what `MoEGate` runs, for DeepSeek-V3."""
+    names = {FLASHINFER: FLASHINFER, TINY_GEMM: TINY_GEMM}
+    return _accuracy((run, "", names) for run in runs if _is_deepseek_v3(run))
+
+
+def _accuracy(runs: Iterable[tuple[Results, str, Mapping[str, str]]]) -> str:
+    """The worst M of each run's kernels, by provider and what it is called, against fp64."""
+    rows = []
+    for run, model, names in runs:
+        for provider, name in names.items():
+            checks = [each for each in run["accuracy"] if each["provider"] == provider]
+            changes = run["bits_change_at"].get(provider)
+            if checks:
+                rows.append(
+                    (
+                        run["gpu"],
+                        f"{model}{run['num_experts']} x {run['hidden_size']}",
+                        name,
+                        *(
+                            f"{max(each['relative'][kind] for each in checks):.0e}"
+                            for kind in ("random", "scale", "hot")
+                        ),
+                        f"{100 * min(each['top8_agreement'] for each in checks):.1f} %",
+                        f"no, at M = {', '.join(map(str, changes))}" if changes else "yes",
+                    )
+                )
+    headers = ("GPU", "N x K", "kernel", "random", "scale", "hot", "same top 8", "batch-invariant")
+    return _github(rows, headers) if rows else NO_RESULTS
+
+
+def pr_gate_not_measured(runs: Sequence[Results]) -> str:
+    """The gates that the pull request takes on a GPU where they were not measured."""
+    measured: dict[str, set[str]] = {}
+    for run, model, _ in _of_pr_gate(runs):
+        measured.setdefault(run["gpu"], set()).add(model)
+    names = [name for name, _ in pr_gate.taken().values()]
+    lines = [f"- Measured on: {', '.join(measured) or 'no GPU'}. No other GPU of SM 90 was."]
+    for gpu, seen in measured.items():
+        missing = [name for name in names if name not in seen]
+        if missing:
+            lines.append(f"- On {gpu}: not the gates of {', '.join(missing)}.")
+    return "\n".join(lines)
+
+
+def pr_flashinfer_speed(runs: Sequence[Results]) -> str:
+    """µs of FlashInfer's kernel and of what `MoEGate` runs, for DeepSeek-V3 on each GPU."""
+    rows = []
+    for run in runs:
+        us = _chain(run)
+        for m in run["num_tokens"] if _is_deepseek_v3(run) else ():
+            if (FLASHINFER, m) in us and (TINY_GEMM, m) in us:
+                cells = us[TINY_GEMM, m], us[FLASHINFER, m]
+                rows.append((run["gpu"], str(m), *(f"{each:.2f}" for each in cells)))
+    return _github(rows, ("GPU", "M", TINY_GEMM, "FlashInfer")) if rows else NO_RESULTS
+
+
+def pr_flashinfer_not_measured(runs: Sequence[Results]) -> str:
+    """Whether the pull request's kernel was timed on a GPU where it takes it."""
+    gpus = sorted({run["gpu"] for run in runs if _is_deepseek_v3(run)})
+    blackwell = [gpu for gpu in gpus if BLACKWELL.search(gpu)]
+    if blackwell:
+        return f"- On Blackwell, it was timed on: {', '.join(blackwell)}."
+    return (
+        "- **No Blackwell GPU was at hand.** On SM 100 and 103, where this PR takes the kernel, "
+        "nothing was run: not the kernel, not what `MoEGate` calls there today. That FlashInfer's "
+        "is faster there rests on PRs 17707 and 23285; no result here compares the two. "
+        f"Timed on: {', '.join(gpus) or 'no GPU'}."
     )
-    missing = [f"- Measured on: {', '.join(gpus) or 'no GPU'}. Nothing else was."]
-    if not any(map(BLACKWELL.search, gpus)):
-        missing.append(
-            "- No Blackwell GPU: `auto` has not been seen taking FlashInfer's kernel on SM 100 or "
-            "103. That it does rests on PRs 17707 and 23285; no result here compares it with "
-            "the kernel that `MoEGate` calls today."
-        )
-    for run in servers:
-        ours, off = (set(serving["kernels_in_replays"]) for serving in run["servings"])
-        if ours == off:
-            missing.append(
-                f"- The profile of the server run on {run['environment']['GPU']} names no kernel "
-                "that tells its two backends apart; only its log says which one served."
-            )
-    if not benchmarks:
-        missing.append("- The time of one call, of any kernel.")
-    return "\n".join(missing)
+
+
+def _of_pr_gate(runs: Sequence[Results]) -> Iterator[tuple[Results, str, range]]:
+    """The runs of the gates that the pull request takes, whose they are, and for which M."""
+    taken = pr_gate.taken()
+    for run in runs:
+        shape = run["num_experts"], run["hidden_size"]
+        dtypes = run.get("weight", "bfloat16"), run.get("logits", "float32"), run.get("bias", False)
+        if shape in taken and dtypes == ("bfloat16", "float32", False):
+            yield (run, *taken[shape])
+
+
+def _chain(run: Results) -> dict[tuple[str, int], float]:
+    """µs in the mode `chain`, by provider and M."""
+    return {
+        (each["provider"], each["num_tokens"]): each["median_us"]
+        for each in run["timings"]
+        if each["mode"] == "chain" and each["tp_size"] == 1
+    }
 
 
 def _read(path: Path) -> Results | None:
@@ -296,10 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
     parser.add_argument("--texts", type=Path, nargs="+", metavar="FILE")
-    parser.add_argument("--servers", type=Path, default=ROOT / "benchmark" / "server" / "results")
     parser.add_argument("--benchmarks", type=Path, default=BENCHMARK / "results")
     arguments = parser.parse_args(argv)
-    servers = [run for run in _load(arguments.servers) if "servings" in run]
     # The runs with this project's kernel; those beside the folder have more of the peers.
     cluster = arguments.benchmarks / "cluster"
     benchmarks = [run for run in _load(cluster) if run.get("timings")]
@@ -313,7 +374,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     plotted = speed_with_plots(benchmarks)
     blocks = {
-        "accuracy": accuracy(servers, benchmarks),
         "auto": auto_table(MODELS),
         "backends": backends_table(BACKENDS.values()),
         "benchmark": plotted,
@@ -321,7 +381,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fp32": "\n\n".join(fp32_weights(run, measured) for run in prototypes) or NO_RESULTS,
         "gates": gates(other_gates),
         "headline": headline(_read(headline_run)),
-        "not_measured": not_measured(servers, benchmarks),
+        "pr_flashinfer_accuracy": pr_flashinfer_accuracy(benchmarks),
+        "pr_flashinfer_not_measured": pr_flashinfer_not_measured(benchmarks),
+        "pr_flashinfer_speed": pr_flashinfer_speed(benchmarks),
+        "pr_gate_accuracy": pr_gate_accuracy(benchmarks + other_gates),
+        "pr_gate_not_measured": pr_gate_not_measured(benchmarks + other_gates),
+        "pr_gate_speed": pr_gate_speed(benchmarks + other_gates),
         "route": "\n\n".join(map(routing, _load(arguments.benchmarks / "route"))) or NO_RESULTS,
         "settings": settings_table(),
         "shapes": speed([run for run in benchmarks if not _is_deepseek_v3(run)]),
@@ -346,8 +411,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def texts() -> list[Path]:
-    """README.md and the pages beside this script, where they have a block."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README.md and the pages under docs/, where they have a block."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [page for page in pages if BLOCK.search(page.read_text())]
 
 
@@ -373,10 +438,6 @@ def _speed_of(run: Results) -> str:
     mode = headline_mode(dict(run))
     table = mode_table(dict(run), mode, tablefmt="github")
     return f"`{mode}` on {_benchmark(run)}: µs by M, median of {run['rounds']} rounds.\n\n{table}"
-
-
-def _requests(serving: Results) -> list[Any]:
-    return [tokens for outputs in serving["outputs"].values() for tokens in outputs]
 
 
 def _benchmark(run: Results) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_router_gemm import __version__
+from sglang_router_gemm import __version__, pull_requests
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,12 +70,18 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     export = commands.add_parser(
         "export",
-        help="turn a clean SGLang source checkout into the upstream PR",
-        description="Copies the in-tree files, the tests and the benchmark into an SGLang source "
-        "tree and edits its gate and its environ.py. Exits with 1, and changes nothing, where "
-        "that does not apply.",
+        help="turn a clean SGLang source checkout into one of the pull requests",
+        description="Puts a kernel, its op, a test and a benchmark into an SGLang source tree and "
+        "edits its gate. Written for SGLang 0.5.23; exits with 1, and changes nothing, where that "
+        "does not apply.",
     )
     export.add_argument("checkout", type=Path, metavar="CHECKOUT", help="SGLang's source tree")
+    export.add_argument(
+        "--pr",
+        required=True,
+        choices=pull_requests.NAMES,
+        help="gate: this project's kernel, on SM 90; flashinfer: FlashInfer's, on SM 100 and 103",
+    )
     only = export.add_mutually_exclusive_group()
     only.add_argument("--check", action="store_true", help="say whether it applies, change nothing")
     only.add_argument("--diff", action="store_true", help="print the diff, change nothing")
@@ -117,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             print(f"sglang-router-gemm: {error}; pip install '.[export]'", file=sys.stderr)
             return 1
-        return export.run(arguments.checkout, check=arguments.check, diff=arguments.diff)
+        return export.run(
+            arguments.checkout, arguments.pr, check=arguments.check, diff=arguments.diff
+        )
     # Imported late: SGLang takes seconds, and --help needs none of it.
     from sglang.srt.layers.moe_router.environ import pdl_enabled, requested_backend
 

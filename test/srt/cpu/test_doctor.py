@@ -234,7 +234,8 @@ def test_bad_arguments_exit_2(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("leftover", [False, True])
 @pytest.mark.parametrize(
-    "arguments", [["doctor"], ["check"], ["prebuild", "--arch", "9.0a"], ["export", "sglang"]]
+    "arguments",
+    [["doctor"], ["check"], ["prebuild", "--arch", "9.0a"], ["export", "sglang", "--pr", "gate"]],
 )
 def test_without_sglang_every_command_says_so(
     arguments: list[str], leftover: bool, tmp_path: Path, run_python: Callable[..., str]

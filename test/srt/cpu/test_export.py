@@ -1,8 +1,8 @@
-"""The upstream PR: what the export makes of SGLang's sources, and what it refuses."""
+"""The pull requests: what the export makes of SGLang's sources, and what it refuses."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shutil
 import subprocess
@@ -12,25 +12,36 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
+import libcst as cst
 import pytest
+import torch
+import triton
+import tvm_ffi
 from environments import copy_sglang
 
-from sglang.srt.layers.moe_router import cluster_router_gemm
-from sglang.srt.layers.moe_router.environ import CHOICES
+from sglang.srt.layers.moe_router import cluster_router_gemm, jit
+from sglang.srt.layers.moe_router.models import Auto, Model
+from sglang_router_gemm import pull_requests
 from sglang_router_gemm.cli import main
-from sglang_router_gemm.contract import MODEL, examine
+from sglang_router_gemm.contract import MODEL
+from sglang_router_gemm.export import PULL_REQUESTS, RELEASE
+from sglang_router_gemm.pull_requests import edits, gate, header
+from sglang_router_gemm.pull_requests.gate_header import gate_header
+from sglang_router_gemm.pull_requests.pull_request import RuleError
 
 SGLANG = Path(str(distribution("sglang").locate_file("sglang")))
-ENVIRON = "srt/environ.py"
-# All that the export reads.
-READ = (
-    MODEL,
-    ENVIRON,
-    "srt/runtime_context.py",
-    "srt/utils/custom_op.py",
-)
-# The settings of SGLang's pre-commit hooks.
+UTILS = "srt/models/deepseek_common/utils.py"
+REGISTRY = "kernels/ops/gemm/__init__.py"
+EDITED = (MODEL, UTILS, REGISTRY)
+OP = "python/sglang/kernels/ops/gemm/cluster_router_gemm.py"
+HEADER = "python/sglang/kernels/jit/csrc/gemm/cluster_router_gemm.cuh"
+TESTS = "test/registered/kernels/ops/gemm"
+BENCHMARK = "benchmark/kernels/deepseek/benchmark_deepgemm_dsv3_router_gemm_blackwell.py"
+CSRC = cluster_router_gemm.SOURCE.parent
+# The settings of SGLang's hooks.
 ISORT = "[settings]\nprofile=black\nknown_first_party=sglang\n"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TEXTS = Path(__file__).parents[3] / "docs" / "upstream"
 
 
 def git(checkout: Path, *arguments: str) -> str:
@@ -46,9 +57,9 @@ def commit(checkout: Path) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """SGLang's repository, with the files that the export reads."""
+    """SGLang's repository, with the files that the pull requests edit."""
     folder = tmp_path / "checkout"
-    for file in READ:
+    for file in EDITED:
         there = folder / "python" / "sglang" / file
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SGLANG / file, there)
@@ -56,6 +67,16 @@ def checkout(tmp_path: Path) -> Path:
     git(tmp_path, "init", "--quiet", str(folder))
     commit(folder)
     return folder
+
+
+@pytest.fixture(params=pull_requests.NAMES)
+def pr(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def export(checkout: Path, pr: str, *options: str) -> int:
+    return main(["export", str(checkout), "--pr", pr, *options])
 
 
 def contents(checkout: Path) -> dict[str, bytes]:
@@ -66,17 +87,17 @@ def contents(checkout: Path) -> dict[str, bytes]:
     }
 
 
-def lint(checkout: Path, files: list[str], rules: str) -> None:
-    """isort and ruff, as SGLang runs them."""
-    for linter in (["isort", "--check-only"], ["ruff", "check", "--isolated", "--select", rules]):
-        done = subprocess.run(
-            [sys.executable, "-m", *linter, *files],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+def run(command: list[str | Path], cwd: Path) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def lint(checkout: Path, files: list[str]) -> None:
+    """isort, ruff and its formatter, as SGLang runs them."""
+    ruff = [sys.executable, "-m", "ruff"]
+    run([sys.executable, "-m", "isort", "--check-only", *files], checkout)
+    run([*ruff, "check", "--isolated", "--select", "F401,F821", *files], checkout)
+    run([*ruff, "format", "--isolated", "--line-length", "88", "--check", *files], checkout)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -90,85 +111,352 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 # What it makes ---------------------------------------------------------------------------
 
 
-def test_the_edits_are_few_and_nothing_else_moves(
-    checkout: Path, capsys: pytest.CaptureFixture[str]
+def test_the_names_are_those_of_the_pull_requests() -> None:
+    assert tuple(PULL_REQUESTS) == pull_requests.NAMES
+    for each in PULL_REQUESTS.values():
+        assert {*each.rules, *each.replaces} <= {*each.new_files()}
+
+
+def test_a_pull_request_is_small(
+    pr: str, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = contents(checkout)
-    assert main(["export", str(checkout)]) == 0
+    assert export(checkout, pr) == 0
     stat = capsys.readouterr().out
-    added = {
-        path: (int(more), int(less))
-        for more, less, path in map(str.split, git(checkout, "diff", "--numstat").splitlines())
-    }
-    assert added == {f"python/sglang/{MODEL}": (6, 0), f"python/sglang/{ENVIRON}": (4, 0)}
-    for path, (more, less) in added.items():
-        assert f"{path} " in stat
-        assert f"+{more} -{less}\n" in stat
-    new = contents(checkout).keys() - before.keys()
-    assert f"{len(new) + 2} files" in stat
-    for path in (
-        "python/sglang/srt/models/deepseek_v2_gate.py",
-        "python/sglang/srt/layers/moe_router/plan.py",
-        "test/srt/router_gemm/cpu/test_gate.py",
-        "benchmark/kernels/deepseek/router_gemm_benchmark/timing.py",
-    ):
-        assert path in new
-    assert examine(checkout / "python/sglang").in_tree
-    text = (checkout / "python/sglang" / ENVIRON).read_text()
-    assert f"# Router GEMM of the MoE gate: {', '.join(CHOICES[:-1])} or {CHOICES[-1]}.\n" in text
-
-
-def test_what_it_brings_does_not_know_this_project(checkout: Path) -> None:
-    assert main(["export", str(checkout)]) == 0
-    for path, content in contents(checkout).items():
-        assert b"sglang_router_gemm" not in content, path
-
-
-def test_sglangs_own_linters_pass(checkout: Path) -> None:
-    assert main(["export", str(checkout)]) == 0
     commit(checkout)
-    files = git(checkout, "diff", "--name-only", "HEAD~", "--", "*.py").split()
-    lint(checkout, files, "F401,F821")
+    rows = [row.split() for row in git(checkout, "diff", "--numstat", "HEAD~").splitlines()]
+    for more, less, path in rows:
+        assert re.search(rf"^{re.escape(path)} +\+{more} -{less}$", stat, re.MULTILINE)
+    added, removed = (sum(int(row[i]) for row in rows) for i in (0, 1))
+    assert f"{len(rows)} files, {added} added, {removed} removed\n" in stat
+    assert added <= {"gate": 900, "flashinfer": 300}[pr]
+    assert removed <= 1  # `if` of the gate, which becomes `elif`
+    assert len(rows) <= 10
+    of_gate = {path: int(more) for more, _, path in rows}[f"python/sglang/{MODEL}"]
+    assert of_gate <= 20
 
 
-def test_again_is_the_same(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(checkout)]) == 0
+def test_what_it_brings_knows_neither_this_project_nor_a_setting(pr: str, checkout: Path) -> None:
+    assert export(checkout, pr) == 0
+    git(checkout, "add", "--all")
+    diff = git(checkout, "diff", "--cached", "--unified=0")
+    added = [line for line in diff.splitlines() if line.startswith("+")]
+    forbidden = r"plugin|sglang[-_]router[-_]gemm|environ|getenv|SGLANG_|csrc/ptx|docs/|// @"
+    assert [line for line in added if re.search(forbidden, line, re.IGNORECASE)] == []
+
+
+@pytest.mark.parametrize("both", [("gate", "flashinfer"), ("flashinfer", "gate")])
+def test_sglangs_own_linters_pass_for_one_and_for_both(
+    both: tuple[str, str], checkout: Path
+) -> None:
+    for each in both:
+        assert export(checkout, each) == 0
+        commit(checkout)
+        files = git(checkout, "diff", "--name-only", "HEAD~", "--", "*.py").split()
+        assert f"python/sglang/{MODEL}" in files
+        lint(checkout, files)
+
+
+def test_again_is_the_same(pr: str, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(checkout, pr) == 0
     once, said = contents(checkout), capsys.readouterr().out
-    assert main(["export", str(checkout)]) == 0
+    assert export(checkout, pr) == 0
     assert (contents(checkout), capsys.readouterr().out) == (once, said)
     commit(checkout)
-    assert main(["export", str(checkout)]) == 0
+    assert export(checkout, pr) == 0
     assert contents(checkout) == once
     assert capsys.readouterr().out == "nothing to do: the checkout has it all\n"
 
 
 def test_check_and_diff_change_nothing_and_the_diff_is_the_export(
-    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pr: str, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(checkout)
-    assert main(["export", str(checkout), "--check"]) == 0
+    assert export(checkout, pr, "--check") == 0
     assert capsys.readouterr().out == f"{checkout}: the export applies\n"
-    assert main(["export", str(checkout), "--diff"]) == 0
+    assert export(checkout, pr, "--diff") == 0
     assert contents(checkout) == before
     patch = tmp_path / "patch"
     patch.write_text(capsys.readouterr().out)
     git(checkout, "apply", str(patch))
     applied = contents(checkout)
     git(checkout, "stash", "--include-untracked", "--quiet")
-    assert main(["export", str(checkout)]) == 0
+    assert export(checkout, pr) == 0
     assert contents(checkout) == applied
 
 
 def test_an_unpacked_sdist(
-    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pr: str, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its root is the repository's folder `python`, and git does not know it."""
-    sdist = shutil.copytree(checkout / "python", tmp_path / "sglang-0.5.23")
-    assert main(["export", str(sdist)]) == 0
-    assert (sdist / "sglang/srt/models/deepseek_v2_gate.py").is_file()
-    assert "sglang/srt/models/deepseek_v2.py " in capsys.readouterr().out
-    assert main(["export", str(sdist)]) == 0
+    sdist = shutil.copytree(checkout / "python", tmp_path / f"sglang-{RELEASE}")
+    assert export(sdist, pr) == 0
+    said = capsys.readouterr().out
+    assert "sglang/srt/models/deepseek_v2.py " in said
+    assert "python/sglang" not in said
+    new = [path for path in PULL_REQUESTS[pr].new_files() if path.startswith("python/")]
+    assert new
+    for path in new:
+        assert (sdist / path.removeprefix("python/")).is_file()
+    assert export(sdist, pr) == 0
     assert capsys.readouterr().out == "nothing to do: the checkout has it all\n"
+
+
+def test_the_old_benchmark_of_its_name_is_replaced(checkout: Path) -> None:
+    old = checkout / BENCHMARK
+    old.parent.mkdir(parents=True)
+    old.write_text("import sgl_kernel\n")
+    commit(checkout)
+    assert export(checkout, "flashinfer") == 0
+    assert "sgl_kernel" not in old.read_text()
+
+
+def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table() -> dict[tuple[int, int], tuple[int, int]]:
+        found = re.search(r"NUM_TOKENS: .* = (\{.*?\n\})", gate.GATE.new_files()[OP], re.DOTALL)
+        assert found is not None
+        evaluated: dict[tuple[int, int], tuple[int, int]] = eval(found[1])
+        return evaluated
+
+    assert table()[256, 7168] == (1, 128)
+    assert table()[128, 7168] == (4, 16)
+    assert len(table()) == 7
+    taken = {90: Auto("cluster", range(3, 6))}
+    models = (
+        Model("taken", 64, 1024, taken),
+        Model("elsewhere", 64, 2048, {100: Auto("cluster", range(1, 9))}),
+        Model("another's kernel", 64, 3072, {90: Auto("flashinfer", range(1, 9))}),
+        Model("fp32", 64, 4096, taken, dtype=torch.float32),
+        Model("bf16 logits", 64, 5120, taken, logits_dtype=torch.bfloat16),
+        Model("a bias", 64, 6144, taken, bias=True),
+    )
+    monkeypatch.setattr(gate, "MODELS", models)
+    assert table() == {(64, 1024): (3, 5)}
+
+
+# The header -------------------------------------------------------------------------------
+
+
+def test_the_header_has_bf16_weights_and_fp32_logits_alone() -> None:
+    text = gate.GATE.new_files()[HEADER]
+    unused = (
+        r"kWide|[Bb]ias|[Tt]erm|Weight_|Logits|nv_bfloat16|high_halves|below\(|split\(|store\(bf16"
+    )
+    assert re.findall(unused, text) == []
+    for name in re.findall(r"__forceinline__ \w+ (\w+)\(", text):
+        assert len(re.findall(rf"\b{name}(?:<[^>]*>)?\(", text)) > 1, f"nobody calls {name}"
+
+
+COMPILE = """
+import shutil, subprocess, sys
+from pathlib import Path
+from sglang.kernels.jit.utils import override_jit_cuda_arch
+from sglang.kernels.jit.utils.compile import ninja
+from sglang.kernels.ops.gemm import cluster_router_gemm
+
+class Compiled(Exception):
+    pass
+
+def compile_only(*, spec, build_dir, build_file):  # no libcudart to link with is needed
+    build_dir.mkdir(parents=True)
+    for unit in spec.translation_units():
+        (build_dir / unit.filename).write_text(unit.source)
+    (build_dir / "build.ninja").write_text(build_file)
+    subprocess.run(["ninja", "cuda_0.o"], cwd=build_dir, check=True)
+    shutil.copy(build_dir / "cuda_0.o", OUT)
+    raise Compiled
+
+ninja.build = compile_only
+with override_jit_cuda_arch(9, 0):
+    try:
+        cluster_router_gemm._jit_cluster_router_gemm_module(256, 7168)
+    except Compiled:
+        print("compiled")
+"""
+
+
+def machine_code(binary: Path) -> list[str]:
+    """The kernels of a binary without their names, in an order of their own."""
+    sass = subprocess.check_output([CUOBJDUMP, "-sass", binary], text=True)
+    return sorted(each.partition("\n")[2].strip() for each in sass.split("Function : ")[1:])
+
+
+@pytest.mark.xdist_group("compiles")
+def test_sglang_compiles_the_same_machine_code(
+    exported: Path, tmp_path: Path, run_python: Callable[..., str]
+) -> None:
+    """By its own `load_jit`, with its headers and flags, for [256, 7168]."""
+    theirs, ours = tmp_path / "theirs.o", tmp_path / "ours.cubin"
+    said = run_python(
+        COMPILE.replace("OUT", repr(str(theirs))),
+        PYTHONPATH=str(exported / "python"),
+        SGLANG_JIT_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    assert said.splitlines()[-1] == "compiled"
+    spec = cluster_router_gemm.spec(256, 7168, 90)
+    flags = [flag for flag in spec.flags() if flag != "-shared"]
+    include = f"-I{Path(tvm_ffi.__file__).parent / 'include'}"
+    run([jit.find_nvcc(90), *flags, include, "-cubin", spec.source, "-o", ours], tmp_path)
+    assert len(machine_code(ours)) == 3
+    assert machine_code(theirs) == machine_code(ours)
+
+
+SOURCE = """\
+// Top.
+#pragma once
+
+namespace a {
+
+// ---- First ----
+
+// Of f.
+template <int kN>
+int f() {
+  if constexpr (kYes) {
+    one();
+    if (x) {
+      two();
+    }
+  } else {
+    three();
+  }
+  if constexpr (!kYes) {
+    four();
+  }
+#pragma unroll
+  for (int once = 0;;) {
+    five();
+  }
+}
+
+int g() {
+  return 1;
+}
+
+// ---- Second ----
+
+int h();
+
+}  // namespace a
+"""
+
+
+def test_the_rules_of_the_header() -> None:
+    body = header.body(SOURCE, "a")
+    assert body.startswith("// ---- First")
+    assert body.endswith("int h();\n\n")
+    assert header.opening_comment(SOURCE) == "// Top.\n"
+    assert "h()" not in header.before(body, "Second")
+    assert "----" not in header.without_sections(body)
+    yes, no = (header.decided(SOURCE, "kYes", value) for value in (True, False))
+    assert "{\n  one();\n  if (x) {\n    two();\n  }\n#pragma unroll\n" in yes
+    assert "{\n  three();\n  four();\n#pragma unroll\n" in no
+    assert "#pragma unroll" not in header.unrolled(SOURCE, "for (int once = 0;;)")
+    without_f = header.without_definition(SOURCE, "int f()")
+    assert "// ---- First ----\n\nint g() {\n" in without_f
+    assert header.renamed("ab a_b a", "a", "c") == "ab a_b c"
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        (lambda: header.body(SOURCE, "b"), "no namespace b"),
+        (lambda: header.before(SOURCE, "Third"), "no section 'Third'"),
+        (lambda: header.replaced(SOURCE, "six();", ""), r"no 'six\(\);'"),
+        (lambda: header.renamed(SOURCE, "kY", ""), "names no kY"),
+        (lambda: header.without_definition(SOURCE, "int i("), r"has 0 lines 'int i\('"),
+        (lambda: header.decided(SOURCE, "kNo", True), r"no if constexpr \(kNo\)"),
+        (lambda: header.unrolled(SOURCE, "for (;;)"), r"no 'for \(;;\)'"),
+    ],
+)
+def test_a_rule_of_the_header_that_finds_nothing(rule: Callable[[], str], problem: str) -> None:
+    with pytest.raises(RuleError, match=problem):
+        rule()
+
+
+def test_a_kernel_that_has_moved_on_is_not_exported(
+    tmp_path: Path,
+    checkout: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    csrc = shutil.copytree(CSRC, tmp_path / "csrc")
+    kernel = csrc / "cluster_router_gemm.cuh"
+    kernel.write_text(kernel.read_text().replace("S::kTerms - 1", "S::kTerms - 2"))
+    monkeypatch.setattr(gate, "gate_header", lambda glue, _: gate_header(glue, csrc))
+    before = contents(checkout)
+    assert "the header has no 'for (int term" in refused(capsys, checkout, "--pr", "gate")
+    assert contents(checkout) == before
+
+
+# The edits --------------------------------------------------------------------------------
+
+PYTHON = """\
+from a import (
+    x,
+)
+
+if c:
+    from b import y
+
+
+class Gate:
+    def __init__(self):
+        self.limit = 1
+
+    def forward(self, m):
+        if m <= self.limit:
+            return 1
+        else:
+            return 2
+
+
+table: dict[int, int] = {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("edit", "gives"),
+    [
+        (lambda m: edits.with_name_imported(m, "a", "w"), "from a import (\n    w,\n    x,\n)"),
+        (lambda m: edits.with_import_before(m, "b", "import z\n"), "if c:\n    import z\n    from"),
+        (
+            lambda m: edits.with_statement_after(m, "Gate", "self.limit", "self.flag = 2\n"),
+            "self.limit = 1\n        self.flag = 2\n",
+        ),
+        (
+            lambda m: edits.with_branch_before(m, "Gate", "m <= self.limit", "if m:\n    z()\n"),
+            "        if m:\n            z()\n        elif m <= self.limit:\n",
+        ),
+        (lambda m: edits.with_value(m, "table", "{1: 2}"), "table: dict[int, int] = {1: 2}\n"),
+        (
+            lambda m: edits.with_call_after(m, "table:dict", "z()\n"),
+            "table: dict[int, int] = {}\nz()\n",
+        ),
+    ],
+)
+def test_an_edit(edit: Callable[[cst.Module], cst.Module], gives: str) -> None:
+    assert gives in edits.code_of(edit(cst.parse_module(PYTHON)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda m: edits.with_name_imported(m, "d", "w"), "0 times a import of d"),
+        (lambda m: edits.with_import_before(m, "d", "import z\n"), "0 times a import of d"),
+        (lambda m: edits.with_statement_after(m, "Gate", "self.x", ""), "assignment to self.x in"),
+        (lambda m: edits.with_statement_after(m, "MoE", "self.x", ""), "0 times a class MoE"),
+        (lambda m: edits.with_branch_before(m, "Gate", "x", "if y:\n    z\n"), "branch on x in G"),
+        (lambda m: edits.with_value(m, "tables", "{}"), "0 times a constant tables"),
+        (lambda m: edits.with_call_after(m, "z()", "z()"), r"0 times a statement z\(\)"),
+        (
+            lambda m: edits.with_function_after(m, "f", "def g():\n    z()\n"),
+            "0 times a function f",
+        ),
+    ],
+)
+def test_an_edit_without_its_place(edit: Callable[[cst.Module], cst.Module], problem: str) -> None:
+    with pytest.raises(RuleError, match=problem):
+        edit(cst.parse_module(PYTHON))
 
 
 # What it refuses -------------------------------------------------------------------------
@@ -182,20 +470,41 @@ def test_a_dirty_checkout(
     with (checkout / file).open("a") as changed:
         changed.write("# changed\n")
     before = contents(checkout)
-    assert refused(capsys, checkout, *only) == (
+    assert refused(capsys, checkout, "--pr", "gate", *only) == (
         f"{checkout} is dirty ({file}), must be a clean checkout"
     )
     assert contents(checkout) == before
 
 
 def test_a_change_beside_the_export_is_dirt(
+    pr: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(checkout, pr) == 0
+    capsys.readouterr()
+    with (checkout / "python/sglang" / UTILS).open("a") as changed:
+        changed.write("# changed\n")
+    assert "is dirty" in refused(capsys, checkout, "--pr", pr)
+
+
+def test_the_other_pull_request_is_dirt_until_it_is_committed(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", str(checkout)]) == 0
+    assert export(checkout, "gate") == 0
     capsys.readouterr()
-    with (checkout / "python/sglang" / ENVIRON).open("a") as changed:
-        changed.write("# changed\n")
-    assert "is dirty" in refused(capsys, checkout)
+    assert "is dirty" in refused(capsys, checkout, "--pr", "flashinfer")
+
+
+def test_a_file_of_its_name_is_not_overwritten(
+    pr: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = next(each for each in PULL_REQUESTS[pr].new_files() if each.startswith("python/"))
+    (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / path).write_text("# SGLang's\n")
+    commit(checkout)
+    before = contents(checkout)
+    said = refused(capsys, checkout, "--pr", pr)
+    assert said.endswith(f"{path}: it is there already, with another text")
+    assert contents(checkout) == before
 
 
 def test_a_folder_below_the_root_is_refused(
@@ -203,7 +512,7 @@ def test_a_folder_below_the_root_is_refused(
 ) -> None:
     """It would pass for an unpacked sdist, which has no commit to compare with."""
     before = contents(checkout)
-    said = refused(capsys, checkout / "python")
+    said = refused(capsys, checkout / "python", "--pr", "gate")
     assert said == f"{checkout / 'python'} is a folder of a checkout, must be its root {checkout}"
     assert contents(checkout) == before
 
@@ -213,24 +522,36 @@ def test_an_installed_sglang_is_refused(
 ) -> None:
     site = tmp_path / "site-packages"
     shutil.copytree(checkout / "python/sglang", site / "sglang")
-    (site / "sglang-0.5.23.dist-info").mkdir()
+    (site / f"sglang-{RELEASE}.dist-info").mkdir()
     before = contents(site)
-    assert (
-        refused(capsys, site) == f"{site} is where SGLang is installed, must be a source checkout"
-    )
+    said = refused(capsys, site, "--pr", "gate")
+    assert said == f"{site} is where SGLang is installed, must be a source checkout"
     assert contents(site) == before
 
 
 def test_a_tree_that_is_not_sglang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(capsys, tmp_path).startswith(f"{tmp_path} is not SGLang's source tree")
+    said = refused(capsys, tmp_path, "--pr", "gate")
+    assert said.startswith(f"{tmp_path} is not SGLang's source tree")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--pr", "fp32"]])
+def test_a_pull_request_must_be_named(
+    arguments: list[str], checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(checkout), *arguments])
+    assert stopped.value.code == 2
+    assert "--pr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "problem"),
     [
-        (MODEL, "forward_batch: F", "batch: F", "MoEGate.forward takes (self, hidden_states"),
-        (ENVIRON, "SGLANG_FLASHINFER_USE_PAGED", "PAGED", "has no SGLANG_FLASHINFER_USE_PAGED"),
-        (MODEL, "from sglang", "from slang", "imports nothing of SGLang's that sorts before"),
+        (MODEL, "class MoEGate", "class Gate", "0 times a class MoEGate, must be once"),
+        (MODEL, "<= self.tiny_router", "< self.tiny_router", "0 times a branch on hidden_states"),
+        (MODEL, "gemm.tiny_gemm import", "gemm.tiny import", "import of sglang.kernels.ops.gemm.t"),
+        (UTILS, "def tiny_router", "def small_router", "0 times a function tiny_router_gemm_max"),
+        (REGISTRY, "gemm.tiny_gemm", "gemm.small", "0 times a statement register_kernel(KernelSp"),
     ],
 )
 def test_a_release_that_it_cannot_edit(
@@ -238,6 +559,7 @@ def test_a_release_that_it_cannot_edit(
     old: str,
     new: str,
     problem: str,
+    pr: str,
     checkout: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -245,16 +567,20 @@ def test_a_release_that_it_cannot_edit(
     edited.write_text(edited.read_text().replace(old, new))
     commit(checkout)
     before = contents(checkout)
-    assert problem in refused(capsys, checkout)
+    said = refused(capsys, checkout, "--pr", pr)
+    assert f"is not SGLang {RELEASE}, which the pull request is for: python/sglang/{file}: " in said
+    assert problem in said
     assert contents(checkout) == before
 
 
-def test_nothing_is_half_written(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The benchmark, which comes last, has no place; SGLang's files are not edited either."""
-    (checkout / "benchmark").write_text("a file where the folder must be\n")
+def test_nothing_is_half_written(
+    pr: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tests, which come last, have no place; SGLang's files are not edited either."""
+    (checkout / "test").write_text("a file where the folder must be\n")
     commit(checkout)
     before = contents(checkout)
-    assert "benchmark" in refused(capsys, checkout)
+    assert "test" in refused(capsys, checkout, "--pr", pr)
     assert contents(checkout) == before
 
 
@@ -263,70 +589,212 @@ def test_nothing_is_half_written(checkout: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.fixture(scope="module")
 def exported() -> Iterator[Path]:
-    """The whole installed SGLang as an sdist, exported, where every user may read it."""
+    """The whole installed SGLang as a repository, with both pull requests."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        folder.chmod(0o755)
         copy_sglang(folder / "python")
-        assert main(["export", str(folder)]) == 0
+        for each in pull_requests.NAMES:
+            assert export(folder, each) == 0
         yield folder
 
 
-IN_TREE = """
-import sys
-sys.modules["sglang_router_gemm"] = None
-sys.meta_path[:] = [finder for finder in sys.meta_path if "InTree" not in str(finder)]
-from sglang.srt.environ import envs
-from sglang.srt.models import deepseek_v2, deepseek_v2_gate
-from sglang.srt.layers.moe_router import environ
-assert environ.SGLANG_ROUTER_GEMM_BACKEND is envs.SGLANG_ROUTER_GEMM_BACKEND
-assert environ.SGLANG_ROUTER_GEMM_PDL is envs.SGLANG_ROUTER_GEMM_PDL
-assert environ.requested_backend() == "torch"
-assert environ.pdl_enabled()
-print(deepseek_v2.__file__, deepseek_v2_gate.__file__)
+GATE = """
+import json
+from types import SimpleNamespace
+import torch
+from sglang.srt.models import deepseek_v2
+from sglang.srt.models.deepseek_common import utils
+
+print(deepseek_v2.__file__)
+torch.set_default_dtype(torch.bfloat16)
+deterministic = SimpleNamespace(enable_deterministic_inference=False)
+deepseek_v2.get_exec = lambda: SimpleNamespace(deterministic=deterministic)
+served = []
+
+def serves(name):
+    def kernel(hidden_states, weight, **options):
+        served.append(name)
+        return hidden_states.float() @ weight.float().t()
+    return kernel
+
+for name in ("cluster_router_gemm", "flashinfer_dsv3_router_gemm", "tiny_gemm_bf16"):
+    setattr(deepseek_v2, name, serves(name))
+
+def who(num_experts, hidden_size, num_tokens, sm=None, wide=False, **config):
+    utils._is_cuda, utils._device_sm = sm is not None, sm
+    utils.is_flashinfer_available = lambda: True
+    config = SimpleNamespace(
+        n_routed_experts=num_experts, hidden_size=hidden_size, topk_method="greedy", **config
+    )
+    gate = deepseek_v2.MoEGate(config, quant_config=None)
+    torch.nn.init.normal_(gate.weight)
+    hidden_states = torch.randn(num_tokens, hidden_size * (2 if wide else 1))[:, :hidden_size]
+    served.clear()
+    logits = gate(hidden_states)
+    expected = hidden_states.float() @ gate.weight.float().t()
+    assert torch.allclose(logits.float(), expected, rtol=0.05, atol=1), num_tokens
+    return served[0] if served else "the rest"
+
+asked = {case: who(*json.loads(case)) for case in CASES}
+asked["cpu"] = who(256, 7168, 8)
+asked["wide"] = who(256, 7168, 8, 90, wide=True)
+asked["wide, SM 100"] = who(256, 7168, 8, 100, wide=True)
+asked["fp32"] = who(256, 7168, 8, 90, router_fp32=True)
+deterministic.enable_deterministic_inference = True
+asked["deterministic"] = who(256, 7168, 8, 90)
+print(json.dumps(asked))
 """
 
 
 @pytest.mark.xdist_group("exported")
-def test_sglang_has_it_without_this_project(exported: Path, run_python: Callable[..., str]) -> None:
-    models = exported / "python/sglang/srt/models"
-    said = run_python(
-        IN_TREE, PYTHONPATH=str(exported / "python"), SGLANG_ROUTER_GEMM_BACKEND="torch"
+def test_the_gate_takes_a_kernel_where_it_was_measured(
+    exported: Path, run_python: Callable[..., str]
+) -> None:
+    """SGLang's own gate on this CPU, which is told that it is on a GPU, with each kernel's name."""
+    cluster, flashinfer, tiny = (
+        "cluster_router_gemm",
+        "flashinfer_dsv3_router_gemm",
+        "tiny_gemm_bf16",
     )
-    assert f"{models}/deepseek_v2.py {models}/deepseek_v2_gate.py" in said
+    expected = {
+        "cpu": "the rest",
+        "wide": tiny,
+        "wide, SM 100": tiny,
+        "fp32": "the rest",
+        "deterministic": "the rest",
+    }
+    for (num_experts, hidden_size), (_, num_tokens) in gate.taken().items():
+        for m in {0, 1, num_tokens[0] - 1, num_tokens[0], num_tokens[-1], num_tokens[-1] + 1}:
+            otherwise = tiny if m <= 16 else "the rest"
+            case = json.dumps([num_experts, hidden_size, m, 90])
+            expected[case] = cluster if m in num_tokens else otherwise
+    for sm, of_sm in ((80, None), (89, None), (100, flashinfer), (103, flashinfer), (120, tiny)):
+        for m in (0, 1, 16, 17):
+            otherwise = tiny if sm >= 90 and m <= 16 else "the rest"
+            taken = of_sm if of_sm and 1 <= m <= 16 else otherwise
+            expected[json.dumps([256, 7168, m, sm])] = taken
+    expected[json.dumps([256, 6144, 8, 100])] = tiny
+    expected[json.dumps([64, 2048, 8, 90])] = tiny
+    cases = [case for case in expected if case.startswith("[")]
+    said = run_python(GATE.replace("CASES", repr(cases)), PYTHONPATH=str(exported / "python"))
+    *_, file, asked = said.splitlines()
+    assert file == str(exported / "python/sglang" / MODEL)
+    assert json.loads(asked) == expected
+
+
+COMPILED = """
+import torch
+from sglang.kernels.ops.gemm.MODULE import FUNCTION
+
+def kernel(hidden_states, weight, logits):
+    logits.copy_(hidden_states.float() @ weight.float().t())
+
+def of_order(ORDER):
+    kernel(hidden_states, weight, logits)
+
+torch.library.register_kernel("sglang::NAME", "cpu", of_order)
+weight = torch.randn(32, 64).bfloat16()
+
+@torch.no_grad()
+def doubled(hidden_states):
+    return FUNCTION(hidden_states, weight) * 2
+
+compiled = torch.compile(doubled, fullgraph=True, dynamic=True)
+for num_tokens in (2, 5, 16):
+    hidden_states = torch.randn(num_tokens, 64).bfloat16()
+    logits = compiled(hidden_states)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, 2 * (hidden_states.float() @ weight.float().t()))
+print("right")
+"""
 
 
 @pytest.mark.xdist_group("exported")
-def test_the_gate_behaves_as_under_the_plugin(exported: Path) -> None:
-    """The same tests, from their place in SGLang's tree, against SGLang's own gate there.
-
-    Without those that compile what is compiled here already, from the same text.
-    """
-    there = exported / "python/sglang/srt/layers/moe_router/csrc"
-    here = cluster_router_gemm.SOURCE.parent
-    assert {file.name: file.read_text() for file in there.iterdir()} == {
-        file.name: file.read_text() for file in here.iterdir()
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    done = subprocess.run(
-        [*command, "-k", "not compiles_without_spills", str(exported / "test/srt/router_gemm")],
-        cwd=exported,
-        env=os.environ | {"PYTHONPATH": str(exported / "python")},
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.parametrize(
+    ("function", "name", "order"),
+    [
+        ("cluster_router_gemm", "cluster_router_gemm_bf16", "hidden_states, weight, logits"),
+        (
+            "flashinfer_dsv3_router_gemm",
+            "flashinfer_dsv3_router_gemm",
+            "logits, hidden_states, weight",
+        ),
+    ],
+)
+def test_an_op_under_torch_compile(
+    function: str, name: str, order: str, exported: Path, run_python: Callable[..., str]
+) -> None:
+    """The op says what it writes: torch neither drops nor moves it, and M may be symbolic."""
+    code = COMPILED.replace("MODULE", function).replace("FUNCTION", function)
+    said = run_python(
+        code.replace("NAME", name).replace("ORDER", order),
+        PYTHONPATH=str(exported / "python"),
+        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
     )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    assert said.splitlines()[-1] == "right"
 
 
-# The text of the PR ----------------------------------------------------------------------
+REGISTERED = """
+import sys
+from sglang.kernels import KernelBackend, registry
+import sglang.kernels.ops
+from sglang.test.ci.ci_register import ut_parse_one_file
 
-TEXT = Path(__file__).parents[3] / "docs" / "upstream_pr.md"
+for op, backend in (
+    ("gemm.cluster_router_gemm", KernelBackend.JIT),
+    ("gemm.flashinfer_dsv3_router_gemm", KernelBackend.FLASHINFER),
+):
+    assert callable(registry.get_backend(op, backend).load())
+for file in FILES:
+    (found,), _ = ut_parse_one_file(file)
+    print(found.effective_suite)
+"""
+
+
+@pytest.mark.xdist_group("exported")
+def test_sglang_finds_the_kernels_and_the_tests(
+    exported: Path, run_python: Callable[..., str]
+) -> None:
+    files = [
+        f"{exported}/{TESTS}/test_cluster_router_gemm.py",
+        f"{exported}/test/registered/kernels/benchmark/gemm/bench_cluster_router_gemm.py",
+        f"{exported}/{TESTS}/test_flashinfer_dsv3_router_gemm.py",
+    ]
+    said = run_python(REGISTERED.replace("FILES", repr(files)), PYTHONPATH=str(exported / "python"))
+    assert said.splitlines()[-3:] == [
+        "base-b-kernel-unit-test-1-gpu-large",
+        "base-b-kernel-benchmark-test-1-gpu-large",
+        "base-b-kernel-unit-test-4-gpu-b200",
+    ]
+
+
+@pytest.mark.xdist_group("exported")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what the tests do without a GPU")
+def test_the_registered_tests_without_a_gpu(exported: Path, run_python: Callable[..., str]) -> None:
+    code = f"import pytest; pytest.main(['-q', '-p', 'no:cacheprovider', '{exported}/{TESTS}'])"
+    said = run_python(code, PYTHONPATH=str(exported / "python"))
+    assert re.search(r"^1 passed, \d{2,} skipped", said, re.MULTILINE), said
+
+
+# The texts of the pull requests ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heading", ["Motivation", "Modifications", "Accuracy Tests", "Checklist"])
+def test_a_text_follows_sglangs_template(heading: str, pr: str) -> None:
+    assert f"\n## {heading}\n" in (TEXTS / f"{pr}.md").read_text()
+
+
+def test_a_text_names_each_file(pr: str, checkout: Path) -> None:
+    assert export(checkout, pr) == 0
+    commit(checkout)
+    text = (TEXTS / f"{pr}.md").read_text()
+    for path in git(checkout, "diff", "--name-only", "HEAD~").split():
+        assert Path(path).name in text, path
 
 
 def test_its_reproduction_prints_what_it_shows(run_python: Callable[..., str]) -> None:
-    _, code, shown, *_ = re.split(r"```(?:python)?\n", TEXT.read_text().replace("\n```\n\n", "\n"))
+    text = (TEXTS / "flashinfer.md").read_text()
+    _, code, shown, *_ = re.split(r"```(?:python)?\n", text.replace("\n```\n\n", "\n"))
     assert len([line for line in code.splitlines() if line]) <= 10
     right = code.replace("mutates_args=[]", 'mutates_args=["logits"]')
     for program, printed in (

@@ -21,8 +21,8 @@ from sglang.srt.layers.moe_router.backends import BACKENDS  # noqa: E402
 from sglang.srt.layers.moe_router.environ import CHOICES  # noqa: E402
 from sglang.srt.layers.moe_router.models import MODELS, Auto, Model  # noqa: E402
 
-README, PR, SPEED = ROOT / "README.md", ROOT / "docs/upstream_pr.md", ROOT / "docs/speed.md"
-SERVERS = ROOT / "benchmark/server/results"
+README, SPEED = ROOT / "README.md", ROOT / "docs/speed.md"
+PR, OTHER_PR = (ROOT / f"docs/upstream/{name}.md" for name in ("gate", "flashinfer"))
 BENCHMARKS = ROOT / "benchmark/kernels/deepseek/results"
 
 
@@ -70,34 +70,39 @@ def test_a_wrong_figure_is_stale_and_mended(
 
 
 def test_a_result_changes_the_texts(tmp_path: Path) -> None:
-    servers, benchmarks = tmp_path / "servers", tmp_path / "benchmarks"
-    for folder in (servers, benchmarks / "cluster"):
-        folder.mkdir(parents=True)
-    server = json.loads((SERVERS / "dsv3_server_h100.json").read_text())
-    server["environment"]["GPU"] = "NVIDIA B200"
-    server["layers"][0]["relative_difference"] = 0.00123
-    (servers / "dsv3_server_b200.json").write_text(json.dumps(server))
-    run = json.loads((BENCHMARKS / "h100.json").read_text()) | {"gpu": "NVIDIA B200"}
+    benchmarks = tmp_path / "benchmarks"
+    (benchmarks / "cluster").mkdir(parents=True)
+    run = json.loads((BENCHMARKS / "cluster/h200.json").read_text()) | {"gpu": "NVIDIA B200"}
+    for each in run["timings"]:
+        if (each["provider"], each["mode"]) == ("ours: cluster", "chain"):
+            each["median_us"] = 0.5
+    for each in run["accuracy"]:
+        if (each["provider"], each["num_tokens"]) == ("FlashInfer", 3):
+            each["relative"]["scale"] = 0.00123
     (benchmarks / "cluster" / "b200.json").write_text(json.dumps(run))
     other_shape = run | {"num_experts": 384}
     (benchmarks / "cluster" / "b200_n384_k7168.json").write_text(json.dumps(other_shape))
-    for text in (SPEED, PR):
-        shutil.copy(text, tmp_path)
-    texts = [tmp_path / SPEED.name, tmp_path / PR.name]
-    assert _fill("--texts", *texts, "--servers", servers, "--benchmarks", benchmarks) == 0
-    speed, pr = (text.read_text() for text in texts)
+    originals = (SPEED, PR, OTHER_PR)
+    texts = [Path(shutil.copy(text, tmp_path)) for text in originals]
+    assert _fill("--texts", *texts, "--benchmarks", benchmarks) == 0
+    speed, pr, other_pr = (text.read_text() for text in texts)
     assert speed.count("### NVIDIA B200") == 1  # DeepSeek-V3's shape alone
     assert "(../benchmark/kernels/deepseek/results/cluster/b200_chain.png)" in speed
     assert "### NVIDIA H200" not in speed
-    assert "| 1.2e-03" in pr
-    assert "Measured on: NVIDIA B200." in pr
-    assert "No Blackwell GPU" not in pr
+    assert "| NVIDIA B200 | DeepSeek-V3, 256 x 7168 | 64  | cuBLAS fp32      | 7.30  | 0.50 " in pr
+    assert "| Kimi-K2, 384 x 7168     | 64 " not in pr  # only up to 16
+    assert "- Measured on: NVIDIA B200. " in pr
+    assert "- On NVIDIA B200: not the gates of Mistral Large 3, GLM-5, " in pr
+    assert "| 1e-03" in other_pr
+    assert "- On Blackwell, it was timed on: NVIDIA B200." in other_pr
+    assert "No Blackwell GPU" not in other_pr
 
 
 def test_no_results(tmp_path: Path) -> None:
-    nothing = ("--servers", tmp_path, "--benchmarks", tmp_path)
-    text = _filled(tmp_path / "text.md", "speed", "headline", "benchmark", arguments=nothing)
-    assert text.count("No results of the benchmark") == 2
+    nothing = ("--benchmarks", tmp_path)
+    blocks = ("speed", "headline", "benchmark", "pr_gate_speed", "pr_flashinfer_accuracy")
+    text = _filled(tmp_path / "text.md", *blocks, arguments=nothing)
+    assert text.count("No results of the benchmark") == 4
 
 
 def _rows(text: str) -> list[list[str]]:
@@ -207,5 +212,5 @@ def test_the_other_gates_are_shown_with_their_peers(tmp_path: Path) -> None:
     bias = found["[128, 2880] with a bias, bfloat16 logits", "128"]
     assert bias[1] == ""  # TF32 is for fp32 weights
     assert bias[2].endswith(" FlashInfer tinygemm")
-    assert all(float(row[-1]) < float(row[2]) for row in rows)  # than F.linear
+    assert all(float(row[-1]) < float(row[2].split()[0]) for row in rows)  # than F.linear
     assert fill_figures.gates([]) == fill_figures.NO_RESULTS

@@ -1,0 +1,146 @@
+"""`--pr gate`: the kernel for Hopper, its op, and the branch of SGLang's MoEGate that takes it."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
+from sglang.srt.layers.moe_router.models import MODELS, find_model
+from sglang_router_gemm.contract import GATE_CLASS
+from sglang_router_gemm.pull_requests.edits import (
+    code_of,
+    with_branch_before,
+    with_call_after,
+    with_function_after,
+    with_import_before,
+    with_name_imported,
+    with_statement_after,
+    with_value,
+)
+from sglang_router_gemm.pull_requests.gate_header import gate_header
+from sglang_router_gemm.pull_requests.pull_request import PullRequest
+
+SM = 90
+
+_OP = "cluster_router_gemm"
+_PACKAGE = "python/sglang"
+_UTILS = "srt/models/deepseek_common/utils.py"
+
+_POLICY = '''\
+def cluster_router_gemm_tokens(
+    *, num_experts: int, hidden_size: int, weight_dtype: torch.dtype
+) -> tuple[int, int]:
+    """The fewest and the most rows for which the router takes the cluster GEMM, where
+    it was measured to be the fastest; (1, 0) for none.
+    """
+    if not _is_cuda or _device_sm != 90 or weight_dtype != torch.bfloat16:
+        return 1, 0
+
+    from sglang.kernels.ops.gemm.cluster_router_gemm import NUM_TOKENS
+
+    return NUM_TOKENS.get((num_experts, hidden_size), (1, 0))
+'''
+
+_TOKENS = """\
+self.cluster_router_gemm_min_tokens, self.cluster_router_gemm_max_tokens = (
+    cluster_router_gemm_tokens(
+        num_experts=config.n_routed_experts,
+        hidden_size=config.hidden_size,
+        weight_dtype=self.weight.dtype,
+    )
+)
+"""
+
+_BRANCH = """\
+if (
+    self.cluster_router_gemm_min_tokens
+    <= hidden_states.shape[0]
+    <= self.cluster_router_gemm_max_tokens
+    and hidden_states.is_contiguous()
+):
+    logits = cluster_router_gemm(hidden_states, self.weight)
+"""
+
+_SPEC = """\
+register_kernel(
+    KernelSpec(
+        op="gemm.cluster_router_gemm",
+        backend=KernelBackend.JIT,
+        target="sglang.kernels.ops.gemm.cluster_router_gemm:cluster_router_gemm",
+        capabilities=_SM90,
+    )
+)
+"""
+
+
+def taken() -> dict[tuple[int, int], tuple[str, range]]:
+    """The gates that the pull request serves: N and K, and whose it is and for which M."""
+    return {
+        (model.num_experts, model.hidden_size): (model.name, model.auto[SM].num_tokens)
+        for model in MODELS
+        if model is find_model(model.num_experts, model.hidden_size)  # not another of its shape
+        and SM in model.auto
+        and model.auto[SM].backend == "cluster"
+    }
+
+
+def edit_model(text: str) -> str:
+    """SGLang's `deepseek_v2.py`, whose gate asks first whether the kernel was measured for M."""
+    if _OP in text:
+        return text
+    module = cst.parse_module(text)
+    module = with_name_imported(
+        module, "sglang.srt.models.deepseek_common.utils", "cluster_router_gemm_tokens"
+    )
+    module = with_import_before(
+        module,
+        "sglang.kernels.ops.gemm.tiny_gemm",
+        f"from sglang.kernels.ops.gemm.{_OP} import {_OP}\n",
+    )
+    module = with_statement_after(module, GATE_CLASS, "self.tiny_router_gemm_max_tokens", _TOKENS)
+    test = "hidden_states.shape[0] <= self.tiny_router_gemm_max_tokens"
+    return code_of(with_branch_before(module, GATE_CLASS, test, _BRANCH))
+
+
+def edit_utils(text: str) -> str:
+    """The models' `utils.py` with the policy beside that of `tiny_gemm`."""
+    if _OP in text:
+        return text
+    after = "tiny_router_gemm_max_tokens"
+    return with_function_after(cst.parse_module(text), after, _POLICY).code
+
+
+def edit_registry(text: str) -> str:
+    """The inventory of GEMMs with this one, behind `tiny_gemm`."""
+    if _OP in text:
+        return text
+    after = 'register_kernel(KernelSpec(op="gemm.tiny_gemm",'
+    return with_call_after(cst.parse_module(text), after, _SPEC).code
+
+
+def complete_op(text: str) -> str:
+    """The op with the table of what was measured."""
+    rows = "".join(
+        f"    {shape}: ({num_tokens[0]}, {num_tokens[-1]}),  # {name}\n"
+        for shape, (name, num_tokens) in taken().items()
+    )
+    return with_value(cst.parse_module(text), "NUM_TOKENS", f"{{\n{rows}}}").code
+
+
+def complete_header(text: str) -> str:
+    """The launcher with the kernel."""
+    return gate_header(text, SOURCE.parent)
+
+
+GATE = PullRequest(
+    name="gate",
+    edits={
+        f"{_PACKAGE}/srt/models/deepseek_v2.py": edit_model,
+        f"{_PACKAGE}/{_UTILS}": edit_utils,
+        f"{_PACKAGE}/kernels/ops/gemm/__init__.py": edit_registry,
+    },
+    rules={
+        f"{_PACKAGE}/kernels/jit/csrc/gemm/{_OP}.cuh": complete_header,
+        f"{_PACKAGE}/kernels/ops/gemm/{_OP}.py": complete_op,
+    },
+)

@@ -1,0 +1,219 @@
+"""The cluster router GEMM against fp64, and MoEGate, which calls it."""
+
+import sys
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from sglang.kernels.ops.gemm.cluster_router_gemm import (
+    NUM_TOKENS,
+    cluster_router_gemm,
+)
+from sglang.test.ci.ci_register import register_cuda_ci
+
+register_cuda_ci(est_time=180, stage="base-b-kernel-unit", runner_config="1-gpu-large")
+
+SHAPES = sorted(NUM_TOKENS)
+# Both edges of each of the three kernels: up to 8 tokens, up to 16, up to 128.
+EDGES = (1, 7, 8, 9, 16, 17, 32, 33, 127, 128)
+
+
+def is_sm90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+pytestmark = pytest.mark.skipif(not is_sm90(), reason="SM90 required")
+
+
+def operands(
+    num_tokens: int, num_experts: int = 256, hidden_size: int = 7168, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    hidden_states, weight = (
+        torch.randn(rows, hidden_size, device="cuda", generator=generator).bfloat16()
+        for rows in (num_tokens, num_experts)
+    )
+    return hidden_states, weight
+
+
+def assert_like_fp64(
+    logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """What fp32 sums of exact products of bf16 may be off, by the operands' norms."""
+    assert logits.dtype == torch.float32
+    expected = hidden_states.double() @ weight.double().t()
+    size = hidden_states.double().norm(dim=1, keepdim=True) * weight.double().norm(
+        dim=1
+    )
+    assert ((logits.double() - expected).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
+def test_like_fp64_and_batch_invariant(num_experts: int, hidden_size: int):
+    hidden_states, weight = operands(128, num_experts, hidden_size)
+    # Rows of other sizes, so that a sum of the wrong row shows.
+    hidden_states *= torch.arange(1, 129, device="cuda").unsqueeze(1) / 16
+    whole = cluster_router_gemm(hidden_states, weight)
+    assert_like_fp64(whole, hidden_states, weight)
+    for num_tokens in EDGES:
+        logits = cluster_router_gemm(hidden_states[:num_tokens], weight)
+        assert torch.equal(logits, whole[:num_tokens]), num_tokens
+
+
+@pytest.mark.parametrize("num_experts,hidden_size", [(16, 64), (48, 192), (288, 1088)])
+def test_shapes_with_few_or_uneven_chunks(num_experts: int, hidden_size: int):
+    for num_tokens in EDGES:
+        hidden_states, weight = operands(num_tokens, num_experts, hidden_size)
+        logits = cluster_router_gemm(hidden_states, weight)
+        assert_like_fp64(logits, hidden_states, weight)
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(special: float):
+    hidden_states, weight = operands(16)
+    clean = cluster_router_gemm(hidden_states, weight)
+    hidden_states[5, 4000] = special
+    logits = cluster_router_gemm(hidden_states, weight)
+    assert not logits[5].isfinite().any()
+    others = [row for row in range(16) if row != 5]
+    assert torch.equal(logits[others], clean[others])
+
+
+def test_no_tokens():
+    hidden_states, weight = operands(0)
+    assert cluster_router_gemm(hidden_states, weight).shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x, w: (x.float(), w),
+        lambda x, w: (x, w.float()),
+        lambda x, w: (x[:, :-64], w),
+        lambda x, w: (x.t().contiguous().t(), w),
+        lambda x, w: (x, w.t().contiguous().t()),
+        lambda x, w: (x.cpu(), w),
+        lambda x, w: (x.repeat(65, 1), w),
+    ],
+    ids=["fp32", "fp32 weight", "K", "strides", "weight strides", "device", "M of 130"],
+)
+def test_what_it_does_not_take_raises(spoil):
+    hidden_states, weight = spoil(*operands(2))
+    with pytest.raises(Exception):
+        cluster_router_gemm(hidden_states, weight)
+    hidden_states, weight = operands(2)  # and the next call is none the worse
+    logits = cluster_router_gemm(hidden_states, weight)
+    assert_like_fp64(logits, hidden_states, weight)
+
+
+def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand():
+    """Each link waits for the one before it, also where PDL lets it start early."""
+    sources = [operands(16, seed=seed)[0] for seed in range(8)]
+    weight = operands(0)[1]
+    expected = [cluster_router_gemm(each, weight) for each in sources]
+    hidden_states = torch.empty_like(sources[0])
+    logits: list[torch.Tensor] = []
+
+    def links() -> None:
+        logits.clear()
+        for each in sources:
+            torch.mul(each, 1.0, out=hidden_states)
+            logits.append(cluster_router_gemm(hidden_states, weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        links()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        links()
+    for _ in range(100):
+        for each in logits:
+            each.fill_(float("nan"))
+        graph.replay()
+        assert all(map(torch.equal, logits, expected))
+
+
+@torch.no_grad()
+def test_under_torch_compile():
+    weight = operands(0)[1]
+
+    def doubled(hidden_states: torch.Tensor) -> torch.Tensor:
+        return cluster_router_gemm(hidden_states, weight) * 2
+
+    compiled = torch.compile(doubled, fullgraph=True, dynamic=True)
+    for num_tokens in (4, 16, 100):
+        hidden_states = operands(num_tokens)[0]
+        assert torch.equal(compiled(hidden_states), doubled(hidden_states))
+
+
+class TestMoEGate:
+    """Which of its kernels the gate takes."""
+
+    @staticmethod
+    def gate(num_experts: int = 256, hidden_size: int = 7168, **config):
+        from sglang.srt.models.deepseek_v2 import MoEGate
+
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                gate = MoEGate(
+                    SimpleNamespace(
+                        n_routed_experts=num_experts,
+                        hidden_size=hidden_size,
+                        topk_method="greedy",
+                        **config,
+                    ),
+                    quant_config=None,
+                )
+        finally:
+            torch.set_default_dtype(default)
+        dtype = gate.weight.dtype
+        gate.weight.data.copy_(operands(0, num_experts, hidden_size)[1].to(dtype))
+        return gate
+
+    @staticmethod
+    @torch.no_grad()
+    def takes_it(gate, hidden_states: torch.Tensor, deterministic: bool = False):
+        from sglang.srt.models import deepseek_v2
+
+        execution = SimpleNamespace(
+            deterministic=SimpleNamespace(enable_deterministic_inference=deterministic)
+        )
+        with (
+            patch.object(deepseek_v2, "get_exec", lambda: execution),
+            patch.object(
+                deepseek_v2, "cluster_router_gemm", wraps=cluster_router_gemm
+            ) as called,
+        ):
+            logits = gate(hidden_states)
+        assert_like_fp64(logits, hidden_states, gate.weight)
+        return called.call_count == 1
+
+    @pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
+    def test_it_takes_it_where_it_was_measured(
+        self, num_experts: int, hidden_size: int
+    ):
+        gate = self.gate(num_experts, hidden_size)
+        fewest, most = NUM_TOKENS[num_experts, hidden_size]
+        for num_tokens in (1, fewest - 1, fewest, most, most + 1, 200):
+            hidden_states = operands(num_tokens, num_experts, hidden_size)[0]
+            taken = self.takes_it(gate, hidden_states)
+            assert taken == (fewest <= num_tokens <= most), num_tokens
+
+    def test_it_leaves_the_rest_alone(self):
+        hidden_states = operands(8)[0]
+        assert self.takes_it(self.gate(), hidden_states)
+        assert not self.takes_it(self.gate(), hidden_states, deterministic=True)
+        assert not self.takes_it(self.gate(router_fp32=True), hidden_states)
+        wide = operands(8, hidden_size=2 * 7168)[0]
+        assert not self.takes_it(self.gate(), wide[:, :7168])
+        assert not self.takes_it(self.gate(64, 2048), operands(8, 64, 2048)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-v"]))
