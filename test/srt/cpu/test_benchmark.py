@@ -418,7 +418,7 @@ def test_our_plan_is_of_the_form(form: Form, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(providers, "make_plan", make)
     with torch.no_grad():
         assert accuracy.check(ours, ours.build(), 3, N, K, CPU).failure is None
-    assert made == [{"logits_dtype": form.logits_dtype, "bias": ours.bias}] * 2
+    assert made == [{"own_logits_dtype": form.logits_dtype, "bias": ours.bias}] * 2
 
 
 def test_what_cannot_be_served_says_so() -> None:

@@ -71,6 +71,8 @@ def _auto_takes(target: Target, num_tokens: int) -> str | None:
                 (128, 4096),
                 (256, 3072),
                 (256, 4096),
+                (256, 2816),
+                (768, 6144),
             ],
             (torch.bfloat16, torch.bfloat16, False): [
                 (128, 4096),
@@ -81,11 +83,13 @@ def _auto_takes(target: Target, num_tokens: int) -> str | None:
             (torch.bfloat16, torch.bfloat16, True): [(128, 2880)],
         }
         known = shape in others.get(target[4:], ())
-        return "cluster" if target.sm == 90 and known and 1 <= m <= 128 else None
+        last = 63 if shape == (768, 6144) else 128
+        return "cluster" if target.sm == 90 and known and 1 <= m <= last else None
     if target.sm == 90:
-        last = 128 if shape == (256, 7168) else 16
+        up_to_16 = (384, 7168), (256, 6144), (160, 5120), (128, 7168)
+        known = shape in [*up_to_16, (256, 7168), (256, 4096), (288, 4096)]
+        last = 16 if shape in up_to_16 else 128
         first = {(160, 5120): 2, (128, 7168): 4}.get(shape, 1)
-        known = shape in [(256, 7168), (384, 7168), (256, 6144), (160, 5120), (128, 7168)]
         return "cluster" if known and first <= m <= last else None
     if target.sm in (100, 103):
         return "flashinfer" if shape == (256, 7168) and 1 <= m <= 16 else None
