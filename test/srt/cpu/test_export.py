@@ -640,6 +640,13 @@ asked["cpu"] = who(256, 7168, 8)
 asked["wide"] = who(256, 7168, 8, 90, wide=True)
 asked["wide, SM 100"] = who(256, 7168, 8, 100, wide=True)
 asked["fp32"] = who(256, 7168, 8, 90, router_fp32=True)
+asked["FlashInfer"] = []
+for sm in (80, 89, 90, 100, 103, 107, 120):
+    utils._is_cuda, utils._device_sm = True, sm  # on SM 90 the other kernel comes first above
+    if utils.use_flashinfer_dsv3_router_gemm(
+        num_experts=256, hidden_size=7168, weight_dtype=torch.bfloat16
+    ):
+        asked["FlashInfer"].append(sm)
 deterministic.enable_deterministic_inference = True
 asked["deterministic"] = who(256, 7168, 8, 90)
 print(json.dumps(asked))
@@ -656,8 +663,9 @@ def test_the_gate_takes_a_kernel_where_it_was_measured(
         "flashinfer_dsv3_router_gemm",
         "tiny_gemm_bf16",
     )
-    expected = {
+    expected: dict[str, object] = {
         "cpu": "the rest",
+        "FlashInfer": [100, 103],
         "wide": tiny,
         "wide, SM 100": tiny,
         "fp32": "the rest",
