@@ -22,7 +22,7 @@ from router_gemm_benchmark import how_to_call  # noqa: E402
 
 try:
     import torch
-    from router_gemm_benchmark.providers import FP32_LINEAR, LINEAR, TF32_LINEAR
+    from router_gemm_benchmark.providers import CUBLAS, FP32_LINEAR, LINEAR, TF32_LINEAR
     from router_gemm_benchmark.report import headline_mode, mode_table, plot_stem
     from tabulate import tabulate
 
@@ -45,9 +45,8 @@ Results = Mapping[str, Any]
 BLOCK = re.compile(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 BLACKWELL = re.compile(r"\bG?B\d00\b")
 NAMED = ("torch", "sglang", "flashinfer-python")
-CLUSTER, TINY_GEMM, CUBLAS = "ours: cluster", "SGLang tiny_gemm", "cuBLAS fp32"
+CLUSTER, TINY_GEMM = "ours: cluster", "SGLang tiny_gemm"
 FLASHINFER = "FlashInfer"
-BF16_OUT = " (bf16 out)"  # of a provider that rounds where the gate gives fp32
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
 NO_RESULTS = "No results of the benchmark are committed yet."
@@ -157,7 +156,7 @@ def routing(run: Results) -> str:
 
 
 def gates(runs: Sequence[Results]) -> str:
-    """µs of a call of each gate with other dtypes than DeepSeek-V3's, and its peers'."""
+    """µs of a call of each gate, and its peers'."""
     rows = []
     for run in runs:
         dtypes = getattr(torch, run["weight"]), getattr(torch, run["logits"])
@@ -169,15 +168,15 @@ def gates(runs: Sequence[Results]) -> str:
                 for each in run["timings"]
                 if each["num_tokens"] == m and each["mode"] == "chain"
             }
-            linear = next(name for name in (FP32_LINEAR, LINEAR, CUBLAS) if name in us)
+            linear = next(name for name in (FP32_LINEAR, CUBLAS, LINEAR) if name in us)
             tf32, others = us.get(TF32_LINEAR), set(us) - {linear, TF32_LINEAR, "SGLang MoEGate"}
-            others -= {name for name in us if name.startswith("ours") or name.endswith(BF16_OUT)}
+            others -= {name for name in us if name.startswith("ours")}
             best = min(others, key=us.__getitem__, default=None)
             rows.append(
                 (
                     gate,
                     str(m),
-                    f"{us[linear]:.2f}" + (f" {CUBLAS}" if linear == CUBLAS else ""),
+                    f"{us[linear]:.2f}",
                     f"{tf32:.2f}" if tf32 is not None else "",
                     f"{us[best]:.2f} {best}" if best is not None else "",
                     f"{us['ours: cluster']:.2f}",
@@ -185,7 +184,7 @@ def gates(runs: Sequence[Results]) -> str:
             )
     if not rows:
         return NO_RESULTS
-    headers = ("gate", "M", "F.linear", "in TF32", "best of the others", "cluster")
+    headers = ("gate", "M", "cuBLAS", "in TF32", "best of the others", "cluster")
     return "\n\n".join(
         [
             f"µs of one call (`chain`) on {_run_where(runs[0])}, median of {runs[0]['rounds']} "

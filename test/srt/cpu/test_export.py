@@ -20,7 +20,7 @@ import tvm_ffi
 from environments import copy_sglang
 
 from sglang.srt.layers.moe_router import cluster_router_gemm, jit
-from sglang.srt.layers.moe_router.models import Auto, Model
+from sglang.srt.layers.moe_router.models import MODELS, Auto, Model
 from sglang_router_gemm import pull_requests
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.contract import MODEL
@@ -219,10 +219,11 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert table()[256, 7168] == (1, 128)
     assert table()[128, 7168] == (4, 16)
-    assert len(table()) == 7
+    assert set(table()) <= {(model.num_experts, model.hidden_size) for model in MODELS}
     taken = {90: Auto("cluster", range(3, 6))}
     models = (
         Model("taken", 64, 1024, taken),
+        Model("of its shape", 64, 1024, {90: Auto("cluster", range(1, 9))}),
         Model("elsewhere", 64, 2048, {100: Auto("cluster", range(1, 9))}),
         Model("another's kernel", 64, 3072, {90: Auto("flashinfer", range(1, 9))}),
         Model("fp32", 64, 4096, taken, dtype=torch.float32),
@@ -231,6 +232,7 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.setattr(gate, "MODELS", models)
     assert table() == {(64, 1024): (3, 5)}
+    assert "  # taken\n" in gate.GATE.new_files()[OP]
 
 
 # The header -------------------------------------------------------------------------------
