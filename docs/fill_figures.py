@@ -47,7 +47,6 @@ BLACKWELL = re.compile(r"\bG?B\d00\b")
 NAMED = ("torch", "sglang", "flashinfer-python")
 CLUSTER, TINY_GEMM = "ours: cluster", "SGLang tiny_gemm"
 FLASHINFER = "FlashInfer"
-BF16_OUT = " (bf16 out)"  # of a provider that rounds where the gate gives fp32
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
 NO_RESULTS = "No results of the benchmark are committed yet."
@@ -171,7 +170,7 @@ def gates(runs: Sequence[Results]) -> str:
             }
             linear = next(name for name in (FP32_LINEAR, CUBLAS, LINEAR) if name in us)
             tf32, others = us.get(TF32_LINEAR), set(us) - {linear, TF32_LINEAR, "SGLang MoEGate"}
-            others -= {name for name in us if name.startswith("ours") or name.endswith(BF16_OUT)}
+            others -= {name for name in us if name.startswith("ours")}
             best = min(others, key=us.__getitem__, default=None)
             rows.append(
                 (

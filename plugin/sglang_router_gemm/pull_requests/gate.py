@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import libcst as cst
+import torch
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
-from sglang.srt.layers.moe_router.models import MODELS, find_model
+from sglang.srt.layers.moe_router.models import MODELS
 from sglang_router_gemm.contract import GATE_CLASS
 from sglang_router_gemm.pull_requests.edits import (
     code_of,
@@ -75,13 +76,16 @@ register_kernel(
 
 def taken() -> dict[tuple[int, int], tuple[str, range]]:
     """The gates that the pull request serves: N and K, and whose it is and for which M."""
-    return {
-        (model.num_experts, model.hidden_size): (model.name, model.auto[SM].num_tokens)
-        for model in MODELS
-        if model is find_model(model.num_experts, model.hidden_size)  # not another of its shape
-        and SM in model.auto
-        and model.auto[SM].backend == "cluster"
-    }
+    gates: dict[tuple[int, int], tuple[str, range]] = {}
+    for model in MODELS:
+        auto = model.auto.get(SM)
+        if auto is None or auto.backend != "cluster":
+            continue
+        if model.gate[2:] == (torch.bfloat16, torch.float32, False):
+            # Of two models of one shape, the first: another one may not have a MoEGate.
+            shape = model.num_experts, model.hidden_size
+            gates.setdefault(shape, (model.name, auto.num_tokens))
+    return gates
 
 
 def edit_model(text: str) -> str:

@@ -20,7 +20,7 @@ import tvm_ffi
 from environments import copy_sglang
 
 from sglang.srt.layers.moe_router import cluster_router_gemm, jit
-from sglang.srt.layers.moe_router.models import Auto, Model
+from sglang.srt.layers.moe_router.models import MODELS, Auto, Model
 from sglang_router_gemm import pull_requests
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.contract import MODEL
@@ -219,10 +219,11 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert table()[256, 7168] == (1, 128)
     assert table()[128, 7168] == (4, 16)
-    assert len(table()) == 7
+    assert set(table()) <= {(model.num_experts, model.hidden_size) for model in MODELS}
     taken = {90: Auto("cluster", range(3, 6))}
     models = (
         Model("taken", 64, 1024, taken),
+        Model("of its shape", 64, 1024, {90: Auto("cluster", range(1, 9))}),
         Model("elsewhere", 64, 2048, {100: Auto("cluster", range(1, 9))}),
         Model("another's kernel", 64, 3072, {90: Auto("flashinfer", range(1, 9))}),
         Model("fp32", 64, 4096, taken, dtype=torch.float32),
@@ -231,6 +232,7 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     monkeypatch.setattr(gate, "MODELS", models)
     assert table() == {(64, 1024): (3, 5)}
+    assert "  # taken\n" in gate.GATE.new_files()[OP]
 
 
 # The header -------------------------------------------------------------------------------
@@ -640,6 +642,13 @@ asked["cpu"] = who(256, 7168, 8)
 asked["wide"] = who(256, 7168, 8, 90, wide=True)
 asked["wide, SM 100"] = who(256, 7168, 8, 100, wide=True)
 asked["fp32"] = who(256, 7168, 8, 90, router_fp32=True)
+asked["FlashInfer"] = []
+for sm in (80, 89, 90, 100, 103, 107, 120):
+    utils._is_cuda, utils._device_sm = True, sm  # on SM 90 the other kernel comes first above
+    if utils.use_flashinfer_dsv3_router_gemm(
+        num_experts=256, hidden_size=7168, weight_dtype=torch.bfloat16
+    ):
+        asked["FlashInfer"].append(sm)
 deterministic.enable_deterministic_inference = True
 asked["deterministic"] = who(256, 7168, 8, 90)
 print(json.dumps(asked))
@@ -656,8 +665,9 @@ def test_the_gate_takes_a_kernel_where_it_was_measured(
         "flashinfer_dsv3_router_gemm",
         "tiny_gemm_bf16",
     )
-    expected = {
+    expected: dict[str, object] = {
         "cpu": "the rest",
+        "FlashInfer": [100, 103],
         "wide": tiny,
         "wide, SM 100": tiny,
         "fp32": "the rest",

@@ -49,7 +49,7 @@ def assert_like_fp64(
     assert ((logits.double() - expected).abs() <= 1e-6 * size).all()
 
 
-def test_the_schema_says_what_it_writes():
+def test_the_schema_says_what_it_writes() -> None:
     schema = torch.ops.sglang.flashinfer_dsv3_router_gemm.default._schema
     written = [each.name for each in schema.arguments if each.is_write]
     assert written == ["logits"]
@@ -57,7 +57,7 @@ def test_the_schema_says_what_it_writes():
 
 @needs_blackwell
 @pytest.mark.parametrize("num_tokens", range(1, 17))
-def test_like_fp64(num_tokens: int):
+def test_like_fp64(num_tokens: int) -> None:
     hidden_states, weight = operands(num_tokens)
     logits = flashinfer_dsv3_router_gemm(hidden_states, weight)
     assert_like_fp64(logits, hidden_states, weight)
@@ -65,7 +65,7 @@ def test_like_fp64(num_tokens: int):
 
 @needs_blackwell
 @torch.no_grad()
-def test_under_torch_compile():
+def test_under_torch_compile() -> None:
     hidden_states, weight = operands(16)
 
     def doubled(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_under_torch_compile():
     "num_tokens,deterministic,taken",
     [(1, False, True), (16, False, True), (17, False, False), (16, True, False)],
 )
-def test_the_gate_takes_it(num_tokens: int, deterministic: bool, taken: bool):
+def test_the_gate_takes_it(num_tokens: int, deterministic: bool, taken: bool) -> None:
     from sglang.srt.models import deepseek_v2
 
     hidden_states, weight = operands(num_tokens)

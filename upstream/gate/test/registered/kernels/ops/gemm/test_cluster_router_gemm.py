@@ -1,6 +1,7 @@
 """The cluster router GEMM against fp64, and MoEGate, which calls it."""
 
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -19,6 +20,9 @@ SHAPES = sorted(NUM_TOKENS)
 # Both edges of each of the three kernels: up to 8 tokens, up to 16, up to 128.
 EDGES = (1, 7, 8, 9, 16, 17, 32, 33, 127, 128)
 
+Operands = tuple[torch.Tensor, torch.Tensor]
+Spoil = Callable[[torch.Tensor, torch.Tensor], Operands]
+
 
 def is_sm90() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -29,7 +33,7 @@ pytestmark = pytest.mark.skipif(not is_sm90(), reason="SM90 required")
 
 def operands(
     num_tokens: int, num_experts: int = 256, hidden_size: int = 7168, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Operands:
     generator = torch.Generator("cuda").manual_seed(seed)
     hidden_states, weight = (
         torch.randn(rows, hidden_size, device="cuda", generator=generator).bfloat16()
@@ -51,7 +55,7 @@ def assert_like_fp64(
 
 
 @pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
-def test_like_fp64_and_batch_invariant(num_experts: int, hidden_size: int):
+def test_like_fp64_and_batch_invariant(num_experts: int, hidden_size: int) -> None:
     hidden_states, weight = operands(128, num_experts, hidden_size)
     # Rows of other sizes, so that a sum of the wrong row shows.
     hidden_states *= torch.arange(1, 129, device="cuda").unsqueeze(1) / 16
@@ -63,7 +67,7 @@ def test_like_fp64_and_batch_invariant(num_experts: int, hidden_size: int):
 
 
 @pytest.mark.parametrize("num_experts,hidden_size", [(16, 64), (48, 192), (288, 1088)])
-def test_shapes_with_few_or_uneven_chunks(num_experts: int, hidden_size: int):
+def test_shapes_with_few_or_uneven_chunks(num_experts: int, hidden_size: int) -> None:
     for num_tokens in EDGES:
         hidden_states, weight = operands(num_tokens, num_experts, hidden_size)
         logits = cluster_router_gemm(hidden_states, weight)
@@ -71,7 +75,7 @@ def test_shapes_with_few_or_uneven_chunks(num_experts: int, hidden_size: int):
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(special: float):
+def test_what_is_not_finite_stays_in_its_row(special: float) -> None:
     hidden_states, weight = operands(16)
     clean = cluster_router_gemm(hidden_states, weight)
     hidden_states[5, 4000] = special
@@ -81,7 +85,7 @@ def test_what_is_not_finite_stays_in_its_row(special: float):
     assert torch.equal(logits[others], clean[others])
 
 
-def test_no_tokens():
+def test_no_tokens() -> None:
     hidden_states, weight = operands(0)
     assert cluster_router_gemm(hidden_states, weight).shape == (0, 256)
 
@@ -99,7 +103,7 @@ def test_no_tokens():
     ],
     ids=["fp32", "fp32 weight", "K", "strides", "weight strides", "device", "M of 130"],
 )
-def test_what_it_does_not_take_raises(spoil):
+def test_what_it_does_not_take_raises(spoil: Spoil) -> None:
     hidden_states, weight = spoil(*operands(2))
     with pytest.raises(Exception):
         cluster_router_gemm(hidden_states, weight)
@@ -108,7 +112,7 @@ def test_what_it_does_not_take_raises(spoil):
     assert_like_fp64(logits, hidden_states, weight)
 
 
-def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand():
+def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand() -> None:
     """Each link waits for the one before it, also where PDL lets it start early."""
     sources = [operands(16, seed=seed)[0] for seed in range(8)]
     weight = operands(0)[1]
@@ -138,7 +142,7 @@ def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand():
 
 
 @torch.no_grad()
-def test_under_torch_compile():
+def test_under_torch_compile() -> None:
     weight = operands(0)[1]
 
     def doubled(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -154,7 +158,9 @@ class TestMoEGate:
     """Which of its kernels the gate takes."""
 
     @staticmethod
-    def gate(num_experts: int = 256, hidden_size: int = 7168, **config):
+    def gate(
+        num_experts: int = 256, hidden_size: int = 7168, **config: bool
+    ) -> torch.nn.Module:
         from sglang.srt.models.deepseek_v2 import MoEGate
 
         default = torch.get_default_dtype()
@@ -178,7 +184,9 @@ class TestMoEGate:
 
     @staticmethod
     @torch.no_grad()
-    def takes_it(gate, hidden_states: torch.Tensor, deterministic: bool = False):
+    def takes_it(
+        gate: torch.nn.Module, hidden_states: torch.Tensor, deterministic: bool = False
+    ) -> bool:
         from sglang.srt.models import deepseek_v2
 
         execution = SimpleNamespace(
@@ -197,7 +205,7 @@ class TestMoEGate:
     @pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
     def test_it_takes_it_where_it_was_measured(
         self, num_experts: int, hidden_size: int
-    ):
+    ) -> None:
         gate = self.gate(num_experts, hidden_size)
         fewest, most = NUM_TOKENS[num_experts, hidden_size]
         for num_tokens in (1, fewest - 1, fewest, most, most + 1, 200):
@@ -205,7 +213,7 @@ class TestMoEGate:
             taken = self.takes_it(gate, hidden_states)
             assert taken == (fewest <= num_tokens <= most), num_tokens
 
-    def test_it_leaves_the_rest_alone(self):
+    def test_it_leaves_the_rest_alone(self) -> None:
         hidden_states = operands(8)[0]
         assert self.takes_it(self.gate(), hidden_states)
         assert not self.takes_it(self.gate(), hidden_states, deterministic=True)
