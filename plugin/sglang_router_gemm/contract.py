@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 MODEL = "srt/models/deepseek_v2.py"
 GATE_CLASS = "MoEGate"
-GATE_MODULE = "sglang.srt.models.deepseek_v2_gate"
+GATE_OP = "sglang.kernels.ops.gemm.cluster_router_gemm"
+"""What the gate imports in an SGLang that has merged `export --pr gate`."""
 OP = "flashinfer_dsv3_router_gemm"
 
 _ENVIRON = "srt/environ.py"
@@ -64,7 +65,7 @@ def examine(package: Path) -> Contract:
         return Contract(problem=str(broken))
     return Contract(
         in_tree=any(
-            isinstance(node, ast.ImportFrom) and node.module == GATE_MODULE for node in model.body
+            isinstance(node, ast.ImportFrom) and node.module == GATE_OP for node in ast.walk(model)
         ),
         deterministic_inference=expression,
         defines_op=any(map(_registers_op, model.body)),

@@ -7,7 +7,7 @@ import torch
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 from sglang.srt.layers.moe_router.models import MODELS
-from sglang_router_gemm.contract import GATE_CLASS
+from sglang_router_gemm.contract import GATE_CLASS, GATE_OP
 from sglang_router_gemm.pull_requests.edits import (
     code_of,
     with_branch_before,
@@ -99,7 +99,7 @@ def edit_model(text: str) -> str:
     module = with_import_before(
         module,
         "sglang.kernels.ops.gemm.tiny_gemm",
-        f"from sglang.kernels.ops.gemm.{_OP} import {_OP}\n",
+        f"from {GATE_OP} import {_OP}\n",
     )
     module = with_statement_after(module, GATE_CLASS, "self.tiny_router_gemm_max_tokens", _TOKENS)
     test = "hidden_states.shape[0] <= self.tiny_router_gemm_max_tokens"

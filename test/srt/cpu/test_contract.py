@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sglang_router_gemm.contract import MODEL, Contract, examine
+from sglang_router_gemm.pull_requests.gate import edit_model, edit_utils
 
 SGLANG = Path(str(distribution("sglang").locate_file("sglang")))
-GATE_IMPORT = "from sglang.srt.models.deepseek_v2_gate import router_logits\n"
 
 
 def changed(folder: Path, file: str, *change: tuple[str, str]) -> Path:
@@ -115,8 +116,13 @@ def test_an_sglang_that_does_not_fit_is_left_alone_with_one_warning(
 def test_an_sglang_with_the_fast_path_keeps_its_own(
     tmp_path: Path, run_python: Callable[..., str]
 ) -> None:
-    imports = ("class MoEGate(", f"{GATE_IMPORT}\n\nclass MoEGate(")
-    package = changed(tmp_path, MODEL, imports)
+    """One that has merged `export --pr gate`."""
+    package = changed(tmp_path, MODEL)
+    common = package / "srt/models/deepseek_common"
+    common.unlink()  # a link to the installed one
+    shutil.copytree(SGLANG / "srt/models/deepseek_common", common)
+    for file, edit in ((package / MODEL, edit_model), (common / "utils.py", edit_utils)):
+        file.write_text(edit(file.read_text()))
     assert examine(package).in_tree
     (said,) = _load(package, run_python)
     assert said == "INFO Router GEMM: SGLang's MoEGate has the fast path, the plugin rests."
