@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import libcst as cst
+import torch
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 from sglang.srt.layers.moe_router.models import MODELS, find_model
@@ -73,12 +74,13 @@ register_kernel(
 """
 
 
-def taken() -> dict[tuple[int, int], tuple[str, range]]:
-    """The gates that the pull request serves: N and K, and whose it is and for which M."""
+def taken(weight: torch.dtype = torch.bfloat16) -> dict[tuple[int, int], tuple[str, range]]:
+    """The gates that are served with such a weight: N and K, and whose it is and for which M."""
     return {
         (model.num_experts, model.hidden_size): (model.name, model.auto[SM].num_tokens)
         for model in MODELS
-        if model is find_model(model.num_experts, model.hidden_size)  # not another of its shape
+        # Not another of its shape.
+        if model is find_model(model.num_experts, model.hidden_size, weight)
         and SM in model.auto
         and model.auto[SM].backend == "cluster"
     }
