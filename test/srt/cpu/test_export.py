@@ -1025,7 +1025,7 @@ def test_the_gates_with_fp32_weights_take_the_kernel_where_it_was_measured(
 
 WIDE_COMPILED = """
 import inspect
-from sglang.kernels.ops.gemm import cluster_router_gemm as op
+from sglang.srt import runtime_context
 from sglang.srt.models.deepseek_common import utils
 
 def kernel(hidden_states, weight, logits):
@@ -1033,8 +1033,10 @@ def kernel(hidden_states, weight, logits):
     logits.copy_(hidden_states.float() @ weight.t())
 
 torch.library.register_kernel("sglang::cluster_router_gemm_bf16", "cpu", kernel)
-deterministic = Config(enable_deterministic_inference=False)
-utils.get_exec = lambda: Config(deterministic=deterministic)
+bags = {each: runtime_context._ConfigBag(each) for each in ("exec", "deterministic")}
+bags["deterministic"]._set("enable_deterministic_inference", False)
+bags["exec"].__dict__["deterministic"] = bags["deterministic"]
+runtime_context._CONTEXT._config_bags = bags
 utils._is_cuda, utils._device_sm = True, 90
 # torch.compile knows by itself where a tensor is.
 source = inspect.getsource(utils.try_cluster_router_gemm).replace("hidden_states.is_cuda", "True")
