@@ -49,6 +49,10 @@ CLUSTER, TINY_GEMM = "ours: cluster", "SGLang tiny_gemm"
 FLASHINFER = "FlashInfer"
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
+# What SGLang 0.5.23's gates with fp32 weights call: enable_tf32_matmul is set for these models.
+TF32_MODELS = frozenset({"GLM-4.5", "GLM-4.5-Air", "MiniMax-M2"})
+# What SGLang has for a gate, and none of those with fp32 weights calls.
+OTHERS_OF_SGLANG = (TINY_GEMM, "SGLang router_gemv", "SGLang router_gate_matvec", "SGLang bf16x3")
 NO_RESULTS = "No results of the benchmark are committed yet."
 # As a page in docs/ links to it.
 PLOTS = "../benchmark/kernels/deepseek/results/cluster"
@@ -229,7 +233,7 @@ def fp32_weights(run: Results, shown: Collection[tuple[int, int]] = ()) -> str:
 def pr_gate_speed(runs: Sequence[Results]) -> str:
     """µs of the kernel, and of what `MoEGate` runs without it, where the pull request takes it."""
     rows = []
-    for run, model, taken in _of_pr_gate(runs):
+    for run, model, taken in _of_gates(runs):
         us = _chain(run)
         for m in run["num_tokens"]:
             if m in taken and m & (m - 1) == 0:
@@ -245,7 +249,34 @@ def pr_gate_speed(runs: Sequence[Results]) -> str:
 def pr_gate_accuracy(runs: Sequence[Results]) -> str:
     """The worst of the kernel and of what it replaces, where the pull request takes it."""
     names = {CLUSTER: "this PR", TINY_GEMM: TINY_GEMM, CUBLAS: CUBLAS}
-    return _accuracy((run, f"{model}, ", names) for run, model, _ in _of_pr_gate(runs))
+    return _accuracy((run, f"{model}, ", names) for run, model, _ in _of_gates(runs))
+
+
+def pr_fp32_speed(runs: Sequence[Results]) -> str:
+    """µs of the kernel, of what the gates with fp32 weights run, and of what they might."""
+    rows = []
+    for run, model, taken in _of_gates(runs, torch.float32):
+        us = _chain(run)
+        now, called = FP32_LINEAR, "cuBLAS fp32"
+        if model in TF32_MODELS:
+            now, called = TF32_LINEAR, "cuBLAS TF32"
+        for m in (m for m in run["num_tokens"] if m in taken):
+            others = {us[name, m]: name for name in OTHERS_OF_SGLANG if (name, m) in us}
+            best = min(others)
+            shown = f"{us[now, m]:.2f}", f"{us[CLUSTER, m]:.2f}"
+            ratio = f"{us[now, m] / us[CLUSTER, m]:.2f}"
+            gate = f"{model}, {run['num_experts']} x {run['hidden_size']}"
+            rest = f"{best:.2f} {others[best].removeprefix('SGLang ')}"
+            rows.append((run["gpu"], gate, str(m), called, *shown, ratio, rest))
+    headers = ("GPU", "gate, N x K", "M", "runs now", "now", "this PR", "now / this PR")
+    return _github(rows, (*headers, "best that no gate calls")) if rows else NO_RESULTS
+
+
+def pr_fp32_accuracy(runs: Sequence[Results]) -> str:
+    """The worst of the kernel and of cuBLAS, where the pull request takes it."""
+    names = {CLUSTER: "this PR", FP32_LINEAR: "cuBLAS fp32", TF32_LINEAR: "cuBLAS TF32"}
+    wide = _of_gates(runs, torch.float32)
+    return _accuracy((run, f"{model}, ", names) for run, model, _ in wide)
 
 
 def pr_flashinfer_accuracy(runs: Sequence[Results]) -> str:
@@ -279,12 +310,12 @@ def _accuracy(runs: Iterable[tuple[Results, str, Mapping[str, str]]]) -> str:
     return _github(rows, headers) if rows else NO_RESULTS
 
 
-def pr_gate_not_measured(runs: Sequence[Results]) -> str:
-    """The gates that the pull request takes on a GPU where they were not measured."""
+def pr_not_measured(runs: Sequence[Results], weight: torch.dtype) -> str:
+    """The gates that a pull request takes on a GPU where they were not measured."""
     measured: dict[str, set[str]] = {}
-    for run, model, _ in _of_pr_gate(runs):
+    for run, model, _ in _of_gates(runs, weight):
         measured.setdefault(run["gpu"], set()).add(model)
-    names = [name for name, _ in pr_gate.taken().values()]
+    names = [name for name, _ in pr_gate.taken(weight).values()]
     lines = [f"- Measured on: {', '.join(measured) or 'no GPU'}. No other GPU of SM 90 was."]
     for gpu, seen in measured.items():
         missing = [name for name in names if name not in seen]
@@ -319,13 +350,15 @@ def pr_flashinfer_not_measured(runs: Sequence[Results]) -> str:
     )
 
 
-def _of_pr_gate(runs: Sequence[Results]) -> Iterator[tuple[Results, str, range]]:
-    """The runs of the gates that the pull request takes, whose they are, and for which M."""
-    taken = pr_gate.taken()
+def _of_gates(
+    runs: Sequence[Results], weight: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[Results, str, range]]:
+    """The runs of the gates that are taken with such weights, whose they are, and for which M."""
+    taken = pr_gate.taken(weight)
     for run in runs:
         shape = run["num_experts"], run["hidden_size"]
         dtypes = run.get("weight", "bfloat16"), run.get("logits", "float32"), run.get("bias", False)
-        if shape in taken and dtypes == ("bfloat16", "float32", False):
+        if shape in taken and dtypes == (str(weight).removeprefix("torch."), "float32", False):
             yield (run, *taken[shape])
 
 
@@ -383,8 +416,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pr_flashinfer_accuracy": pr_flashinfer_accuracy(benchmarks),
         "pr_flashinfer_not_measured": pr_flashinfer_not_measured(benchmarks),
         "pr_flashinfer_speed": pr_flashinfer_speed(benchmarks),
+        "pr_fp32_accuracy": pr_fp32_accuracy(other_gates),
+        "pr_fp32_not_measured": pr_not_measured(other_gates, torch.float32),
+        "pr_fp32_speed": pr_fp32_speed(other_gates),
         "pr_gate_accuracy": pr_gate_accuracy(benchmarks + other_gates),
-        "pr_gate_not_measured": pr_gate_not_measured(benchmarks + other_gates),
+        "pr_gate_not_measured": pr_not_measured(benchmarks + other_gates, torch.bfloat16),
         "pr_gate_speed": pr_gate_speed(benchmarks + other_gates),
         "route": "\n\n".join(map(routing, _load(arguments.benchmarks / "route"))) or NO_RESULTS,
         "settings": settings_table(),

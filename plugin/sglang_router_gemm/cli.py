@@ -80,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--pr",
         required=True,
         choices=pull_requests.NAMES,
-        help="gate: this project's kernel, on SM 90; flashinfer: FlashInfer's, on SM 100 and 103",
+        help="gate: this project's kernel, on SM 90; flashinfer: FlashInfer's, on SM 100 and 103; "
+        "fp32: the kernel of gate, which must be committed, for fp32 router weights",
     )
     only = export.add_mutually_exclusive_group()
     only.add_argument("--check", action="store_true", help="say whether it applies, change nothing")

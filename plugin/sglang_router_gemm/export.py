@@ -14,10 +14,11 @@ from pathlib import Path
 
 from sglang_router_gemm.contract import MODEL
 from sglang_router_gemm.pull_requests.flashinfer import FLASHINFER
+from sglang_router_gemm.pull_requests.fp32 import FP32
 from sglang_router_gemm.pull_requests.gate import GATE
 from sglang_router_gemm.pull_requests.pull_request import PullRequest, RuleError
 
-PULL_REQUESTS = {each.name: each for each in (GATE, FLASHINFER)}
+PULL_REQUESTS = {each.name: each for each in (GATE, FLASHINFER, FP32)}
 
 # The release that the edits were written for; newer sources are taken as long as the edits fit.
 RELEASE = "0.5.23"
@@ -55,9 +56,11 @@ def plan(checkout: Path, pull_request: PullRequest) -> tuple[dict[str, str], dic
     """The text of every file of the PR, before (empty: a new file) and after, by path.
 
     Raises:
-        ExportError: `checkout` is no SGLang, not clean, or not known how to edit.
+        ExportError: `checkout` is no SGLang, not clean, not known how to edit, or lacks the pull
+            request that this one needs.
     """
     package = _package(checkout)
+    _check_needed(checkout, package, pull_request)
     before: dict[str, str] = {}
     after: dict[str, str] = {}
     try:
@@ -80,6 +83,19 @@ def plan(checkout: Path, pull_request: PullRequest) -> tuple[dict[str, str], dic
     return before, after
 
 
+def _check_needed(checkout: Path, package: str, pull_request: PullRequest) -> None:
+    needed = pull_request.needs
+    if needed is None:
+        return
+    for path in _new_files(needed):
+        there = _in_package(path, package)
+        if not _committed(checkout, there):
+            raise ExportError(
+                f"{checkout} has no {there}, must have --pr {needed.name} committed, which "
+                f"--pr {pull_request.name} edits"
+            )
+
+
 def _in_package(path: str, package: str) -> str:
     """Where a file of the repository lies in a tree whose package `sglang` lies there."""
     of_repository = "python/sglang/"
@@ -89,7 +105,7 @@ def _in_package(path: str, package: str) -> str:
 
 
 def _new_files(pull_request: PullRequest) -> dict[str, str]:
-    if not pull_request.folder.is_dir():
+    if not pull_request.folder.parent.is_dir():
         raise ExportError(
             f"sglang-router-gemm runs from {Path(__file__).parent}, must run from a checkout of "
             "its sources, which has what the pull requests add"

@@ -90,6 +90,56 @@ def with_branch_before(module: cst.Module, class_name: str, test: str, code: str
     return _in_class(module, class_name, is_anchor, f"branch on {test}", put)
 
 
+def with_statement_replaced(
+    module: cst.Module, class_name: str, old: str, new: str, times: int = 1
+) -> cst.Module:
+    """The module with other statements for one that is in a class so many times.
+
+    Raises:
+        RuleError: there is no such class, or it does not have the statement so often.
+    """
+
+    def is_anchor(node: cst.CSTNode) -> bool:
+        if not isinstance(node, cst.SimpleStatementLine):
+            return False
+        return _bare(_code(node.body[0])) == _bare(old)  # without the comments above it
+
+    def put(old: cst.CSTNode) -> cst.FlattenSentinel[Any]:
+        first, *others = cst.parse_module(new).body
+        lines = cst.ensure_type(old, cst.SimpleStatementLine).leading_lines
+        return cst.FlattenSentinel([first.with_changes(leading_lines=lines), *others])
+
+    return _in_class(module, class_name, is_anchor, f"statement {old}", put, times)
+
+
+def with_beginning(module: cst.Module, class_name: str, method: str, code: str) -> cst.Module:
+    """The module with statements at the beginning of a method, which has no docstring.
+
+    Raises:
+        RuleError: there is no such class, or it does not have the method.
+    """
+
+    def is_anchor(node: cst.CSTNode) -> bool:
+        return isinstance(node, cst.FunctionDef) and node.name.value == method
+
+    def put(old: cst.CSTNode) -> cst.CSTNode:
+        body = cst.ensure_type(old, cst.FunctionDef).body
+        return old.with_deep_changes(body, body=[*cst.parse_module(code).body, *body.body])
+
+    return _in_class(module, class_name, is_anchor, f"method {method}", put)
+
+
+def replaced_once(text: str, old: str, new: str) -> str:
+    """`new` for `old`.
+
+    Raises:
+        RuleError: the text does not have it once.
+    """
+    if text.count(old) != 1:
+        raise RuleError(f"there is {text.count(old)} times {old!r}, must be once")
+    return text.replace(old, new)
+
+
 def with_function_after(module: cst.Module, name: str, code: str) -> cst.Module:
     """The module with a function after that of this name.
 
@@ -114,7 +164,7 @@ def with_call_after(module: cst.Module, beginning: str, code: str) -> cst.Module
     """
     return _after(
         module,
-        lambda node: "".join(_code(node).split()).startswith(beginning),
+        lambda node: _bare(_code(node)).startswith(beginning),
         f"statement {beginning}",
         cst.parse_module(code).body[0],
     )
@@ -145,13 +195,13 @@ def _after(module: cst.Module, is_anchor: _IsAnchor, where: str, node: cst.CSTNo
 
 
 def _in_class(
-    module: cst.Module, name: str, is_anchor: _IsAnchor, where: str, put: _Put
+    module: cst.Module, name: str, is_anchor: _IsAnchor, where: str, put: _Put, times: int = 1
 ) -> cst.Module:
     def is_class(node: cst.CSTNode) -> bool:
         return isinstance(node, cst.ClassDef) and node.name.value == name
 
     def put_in_class(old: cst.CSTNode) -> cst.CSTNode:
-        return _replaced(old, is_anchor, f"{where} in {name}", put)
+        return _replaced(old, is_anchor, f"{where} in {name}", put, times)
 
     return _replaced(module, is_class, f"class {name}", put_in_class)
 
@@ -168,11 +218,14 @@ class _Replacer(cst.CSTTransformer):
         return self.put(updated_node)
 
 
-def _replaced(scope: cst.CSTNodeT, is_anchor: _IsAnchor, where: str, put: _Put) -> cst.CSTNodeT:
+def _replaced(
+    scope: cst.CSTNodeT, is_anchor: _IsAnchor, where: str, put: _Put, times: int = 1
+) -> cst.CSTNodeT:
     replacer = _Replacer(is_anchor, put)
     replaced = scope.visit(replacer)
-    if replacer.count != 1:
-        raise RuleError(f"there is {replacer.count} times a {where}, must be once")
+    if replacer.count != times:
+        must_be = "once" if times == 1 else f"{times} times"
+        raise RuleError(f"there is {replacer.count} times a {where}, must be {must_be}")
     return cst.ensure_type(replaced, type(scope))
 
 
@@ -181,6 +234,11 @@ def _index(body: Sequence[cst.CSTNode], is_anchor: _IsAnchor, where: str) -> int
     if len(found) != 1:
         raise RuleError(f"there is {len(found)} times a {where}, must be once")
     return found[0]
+
+
+def _bare(code: str) -> str:
+    """Code without its whitespace, which a formatter may change."""
+    return "".join(code.split())
 
 
 def _code(node: cst.CSTNode) -> str:

@@ -74,18 +74,16 @@ register_kernel(
 """
 
 
-def taken() -> dict[tuple[int, int], tuple[str, range]]:
-    """The gates that the pull request serves: N and K, and whose it is and for which M."""
-    gates: dict[tuple[int, int], tuple[str, range]] = {}
-    for model in MODELS:
-        auto = model.auto.get(SM)
-        if auto is None or auto.backend != "cluster":
-            continue
-        if model.gate[2:] == (torch.bfloat16, torch.float32, False):
-            # Of two models of one shape, the first: another one may not have a MoEGate.
-            shape = model.num_experts, model.hidden_size
-            gates.setdefault(shape, (model.name, auto.num_tokens))
-    return gates
+def taken(weight: torch.dtype = torch.bfloat16) -> dict[tuple[int, int], tuple[str, range]]:
+    """The gates that are served with such a weight: N and K, and whose it is and for which M."""
+    return {
+        (model.num_experts, model.hidden_size): (model.name, model.auto[SM].num_tokens)
+        for model in MODELS
+        # Not another of its shape.
+        if model is find_model(model.num_experts, model.hidden_size, weight)
+        and SM in model.auto
+        and model.auto[SM].backend == "cluster"
+    }
 
 
 def edit_model(text: str) -> str:

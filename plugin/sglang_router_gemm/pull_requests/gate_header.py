@@ -1,9 +1,13 @@
-"""The CUDA header of `--pr gate`: the kernel of `csrc`, for bf16 weights and fp32 logits."""
+"""The CUDA header of `--pr gate` and `--pr fp32`: the kernel of `csrc`, with fp32 logits.
+
+Both have the rules that cut bf16 logits and the bias. `gate` has those that cut fp32 weights, too.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from sglang_router_gemm.pull_requests.header import (
     before,
@@ -18,86 +22,40 @@ from sglang_router_gemm.pull_requests.header import (
 )
 from sglang_router_gemm.pull_requests.pull_request import RuleError
 
-# What only fp32 weights, bf16 logits and a bias call.
-_UNUSED = (
-    "__device__ __forceinline__ void load_global(uint2& value",
-    "__device__ __forceinline__ uint32_t high_halves(",
-    "__device__ __forceinline__ float below(",
-    "__device__ __forceinline__ void split(",
-    "__device__ __forceinline__ void add(",
-    "__device__ __forceinline__ void store(__nv_bfloat16*",
-)
 
-_DECIDED = (
-    ("kChains == 4", True),
-    ("S::kWide", False),
-    ("S::kBias", False),
-)
+class _Rules(NamedTuple):
+    """What becomes of the sources, in this order."""
 
-# With one dtype of weights and of logits, and no bias.
-_REPLACED = (
-    # The comments.
-    (" (+ bias[N])", ""),
-    (
-        """\
-// hidden_states in bf16, the weight in bf16 or fp32, the sum in fp32, rounded once where the logits
-// are bf16. docs/kernel.md draws who holds what and counts the bytes.
-""",
-        """\
-// hidden_states and the weight in bf16, the sum and the logits in fp32.
-""",
+    unused: tuple[str, ...] = ()
+    """Functions that nobody calls."""
+    decided: tuple[tuple[str, bool], ...] = ()
+    unrolled: tuple[str, ...] = ()
+    replaced: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
+# Without bf16 logits and a bias, and with what SGLang's kernels have.
+_FP32_LOGITS = _Rules(
+    unused=(
+        "__device__ __forceinline__ void add(",
+        "__device__ __forceinline__ void store(__nv_bfloat16*",
     ),
-    (
-        """\
+    decided=(("S::kBias", False),),
+    replaced=(
+        (" (+ bias[N])", ""),
+        (
+            """\
 // PDL: global memory is read only after griddepcontrol.wait, so whatever an earlier kernel wrote,
 // tokens or weights, is seen.
 """,
-        """\
+            """\
 // PDL: global memory is read only after the wait, so whatever an earlier kernel wrote, tokens or
 // weights, is seen.
 """,
-    ),
-    (
-        """\
-// The first four chains are the sums of the high terms, the others of what fp32 weights have below
-// them. That is not a number where an infinity meets a zero there.
-""",
-        "",
-    ),
-    (
-        """\
-// elements of four lanes' loads the kEach from lane % 4 * kEach. To an mma, these are the places
-// 2t, 2t + 1 and 2t + 8, 2t + 9 of a k16 step, twice where they are bf16. Both operands permute K
-// alike, so the sum is the same.
-""",
-        """\
-// elements of four lanes' loads the kEach from lane % 4 * kEach. To the mma, these are the places
-// 2t, 2t + 1 and 2t + 8, 2t + 9 of two k16 steps. Both operands permute K alike, so the sum is the
-// same.
-""",
-    ),
-    (
-        """\
-// is the same either way, to the bit. Four chains of sums, for a quarter of the latency, and two
-// for the lower terms. A warp without a chunk has sums of zero.
-""",
-        """\
-// is the same either way, to the bit. Four chains of sums, for a quarter of the latency. A warp
-// without a chunk has sums of zero.
-""",
-    ),
-    (
-        """\
-constexpr int kRanks = 8;  // CTAs of a cluster, the most that is portable
-""",
-        """\
-constexpr int kRanks = 8;   // CTAs of a cluster, the most that is portable
-constexpr int kChains = 4;  // of sums, which do not wait for each other
-""",
-    ),
-    # The shapes.
-    (
-        """\
+        ),
+        # The shapes.
+        (
+            """\
 template <
     typename Weight_,
     int kNumExperts_,
@@ -108,91 +66,224 @@ template <
     typename Logits_ = float,
     bool kBias_ = false>
 """,
-        """\
-template <int kNumExperts_, int kHiddenSize_, int kExperts_, int kTokens_, bool kManyPasses_>
+            """\
+template <typename Weight_, int kNumExperts_, int kHiddenSize_, int kExperts_, int kTokens_, \
+bool kManyPasses_>
 """,
-    ),
-    (
-        """\
-  using Weight = Weight_;  // __nv_bfloat16 or float
+        ),
+        (
+            """\
   using Logits = Logits_;  // likewise
   static constexpr bool kBias = kBias_;  // bf16
 """,
-        "",
+            "",
+        ),
+        ("typename S::Logits*", "float*"),
+        (
+            """\
+        unsigned num_tokens,
+        const __nv_bfloat16* __restrict__ bias) {
+""",
+            """\
+        unsigned num_tokens) {
+""",
+        ),
+        ("  uint2 bias_of_quad = {};\n", ""),
+        # PDL, as SGLang's kernels have it.
+        ("template <typename S>\n__global__", "template <typename S, bool kUsePDL>\n__global__"),
+        (
+            'asm volatile("griddepcontrol.wait;" ::: "memory");',
+            "device::PDLWaitPrimary<kUsePDL>();",
+        ),
+        (
+            'asm volatile("griddepcontrol.launch_dependents;" ::: "memory");',
+            "device::PDLTriggerSecondary<kUsePDL>();",
+        ),
     ),
-    ("  static constexpr bool kWide = sizeof(Weight) == 4;\n", ""),
-    ("kWide || kHiddenSize", "kHiddenSize"),
-    ("kEach = 16 / sizeof(Weight);    //", "kEach = 8;                      //"),
-    ("  static constexpr int kTerms = kWide ? 3 : 1;         // bf16 of a weight\n", ""),
-    # What a lane holds.
-    (
-        """\
+    renamed=(("__nv_bfloat16", "bf16_t"),),
+)
+
+_BF16_WEIGHTS = _Rules(
+    unused=(
+        "__device__ __forceinline__ void load_global(uint2& value",
+        "__device__ __forceinline__ uint32_t high_halves(",
+        "__device__ __forceinline__ float below(",
+        "__device__ __forceinline__ void split(",
+    ),
+    decided=(("kChains == 4", True), ("S::kWide", False)),
+    unrolled=("for (int term = S::kTerms - 1; term >= 0; --term)",),
+    replaced=(
+        # The comments.
+        (
+            """\
+// hidden_states in bf16, the weight in bf16 or fp32, the sum in fp32, rounded once where the logits
+// are bf16. docs/kernel.md draws who holds what and counts the bytes.
+""",
+            """\
+// hidden_states and the weight in bf16, the sum and the logits in fp32.
+""",
+        ),
+        (
+            """\
+// The first four chains are the sums of the high terms, the others of what fp32 weights have below
+// them. That is not a number where an infinity meets a zero there.
+""",
+            "",
+        ),
+        (
+            """\
+// elements of four lanes' loads the kEach from lane % 4 * kEach. To an mma, these are the places
+// 2t, 2t + 1 and 2t + 8, 2t + 9 of a k16 step, twice where they are bf16. Both operands permute K
+// alike, so the sum is the same.
+""",
+            """\
+// elements of four lanes' loads the kEach from lane % 4 * kEach. To the mma, these are the places
+// 2t, 2t + 1 and 2t + 8, 2t + 9 of two k16 steps. Both operands permute K alike, so the sum is the
+// same.
+""",
+        ),
+        (
+            """\
+// is the same either way, to the bit. Four chains of sums, for a quarter of the latency, and two
+// for the lower terms. A warp without a chunk has sums of zero.
+""",
+            """\
+// is the same either way, to the bit. Four chains of sums, for a quarter of the latency. A warp
+// without a chunk has sums of zero.
+""",
+        ),
+        (
+            """\
+constexpr int kRanks = 8;  // CTAs of a cluster, the most that is portable
+""",
+            """\
+constexpr int kRanks = 8;   // CTAs of a cluster, the most that is portable
+constexpr int kChains = 4;  // of sums, which do not wait for each other
+""",
+        ),
+        # The shapes.
+        ("template <typename Weight_, int", "template <int"),
+        ("  using Weight = Weight_;  // bf16_t or float\n", ""),
+        ("  static constexpr bool kWide = sizeof(Weight) == 4;\n", ""),
+        ("kWide || kHiddenSize", "kHiddenSize"),
+        ("kEach = 16 / sizeof(Weight);    //", "kEach = 8;                      //"),
+        ("  static constexpr int kTerms = kWide ? 3 : 1;         // bf16 of a weight\n", ""),
+        # What a lane holds.
+        (
+            """\
 template <typename S>
 using TokenLoad = std::conditional_t<S::kWide, uint2, uint4>;
 """,
-        "",
-    ),
-    ("TokenLoad<S>", "uint4"),
-    ("[S::kSteps][S::kTerms]", "[S::kSteps]"),
-    ("i][0] = ", "i] = "),
-    ("i + 1][0] = ", "i + 1] = "),
-    # The products.
-    ("[step][term]", "[step]"),
-    ("chain_of(step, term)", "chain_of(step)"),
-    (
-        """\
+            "",
+        ),
+        ("TokenLoad<S>", "uint4"),
+        ("[S::kSteps][S::kTerms]", "[S::kSteps]"),
+        ("i][0] = ", "i] = "),
+        ("i + 1][0] = ", "i + 1] = "),
+        # The products.
+        ("[step][term]", "[step]"),
+        ("chain_of(step, term)", "chain_of(step)"),
+        (
+            """\
   const auto chain_of = [](int step, int term) {
     const int half = step * 2 / S::kSteps;
     return term == 0 ? half * 2 + step % 2 : 4 + half;
   };
 """,
-        """\
+            """\
   const auto chain_of = [](int step) { return step * 2 / S::kSteps * 2 + step % 2; };
 """,
-    ),
-    ("  constexpr int kChains = S::kTerms == 1 ? 4 : 6;\n", ""),
-    ("template <int kChains>\n", ""),
-    (
-        """\
+        ),
+        ("  constexpr int kChains = S::kTerms == 1 ? 4 : 6;\n", ""),
+        ("template <int kChains>\n", ""),
+        (
+            """\
   const float sum = (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
   return sum;
 """,
-        """\
+            """\
   return (chains[0][i] + chains[1][i]) + (chains[2][i] + chains[3][i]);
 """,
+        ),
+        # The arguments.
+        ("const typename S::Weight*", "const bf16_t*"),
     ),
-    # The arguments.
-    ("const typename S::Weight*", "const __nv_bfloat16*"),
-    ("typename S::Logits*", "float*"),
-    (
-        """\
-        unsigned num_tokens,
-        const __nv_bfloat16* __restrict__ bias) {
+    renamed=(("take_terms", "take_pairs"), ("Terms", "WeightPairs"), ("terms", "pairs")),
+)
+
+_ANY_WEIGHTS = _Rules(
+    replaced=(
+        (
+            """\
+// hidden_states in bf16, the weight in bf16 or fp32, the sum in fp32, rounded once where the logits
+// are bf16. docs/kernel.md draws who holds what and counts the bytes.
 """,
-        """\
-        unsigned num_tokens) {
+            """\
+// hidden_states in bf16, the weight in bf16 or fp32, the sum and the logits in fp32. An fp32 weight
+// is the sum of three bf16, split in registers.
 """,
-    ),
-    ("  uint2 bias_of_quad = {};\n", ""),
-    # PDL, as SGLang's kernels have it.
-    ("template <typename S>\n__global__", "template <typename S, bool kUsePDL>\n__global__"),
-    ('asm volatile("griddepcontrol.wait;" ::: "memory");', "device::PDLWaitPrimary<kUsePDL>();"),
-    (
-        'asm volatile("griddepcontrol.launch_dependents;" ::: "memory");',
-        "device::PDLTriggerSecondary<kUsePDL>();",
+        ),
+        ("// bf16_t or float", "// bf16_t or fp32_t"),
     ),
 )
 
-_RENAMED = (
-    ("__nv_bfloat16", "bf16_t"),
-    ("take_terms", "take_pairs"),
-    ("Terms", "WeightPairs"),
-    ("terms", "pairs"),
+# The launcher of `gate` for a weight of either dtype.
+_LAUNCHER = (
+    (
+        "#include <cstdint>\n",
+        "#include <cmath>\n#include <cstdint>\n#include <type_traits>\n",
+    ),
+    (
+        """\
+// The kernel for one N and K. kUsePDL: it may start before the kernel ahead of it has ended.
+template <int kNumExperts, int kHiddenSize, bool kUsePDL>
+""",
+        """\
+// The kernel for one N and K. kUsePDL: it may start before the kernel ahead of it has ended.
+template <int kNumExperts, int kHiddenSize, bool kUsePDL, typename Weight>
+""",
+    ),
+    (
+        """\
+  // Writes logits [M, N] in fp32 for M up to kMaxTokens. hidden_states [M, K] and weight [N, K] are
+  // bf16; all three are contiguous, 16-byte aligned and on one device.
+""",
+        """\
+  // Writes logits [M, N] in fp32 for M up to kMaxTokens. hidden_states [M, K] is bf16, and weight
+  // [N, K] a Weight; all three are contiguous, 16-byte aligned and on one device.
+""",
+    ),
+    (
+        "struct ClusterRouterGemmKernel {\n",
+        """\
+struct ClusterRouterGemmKernel {
+  static_assert(std::is_same_v<Weight, bf16_t> || std::is_same_v<Weight, fp32_t>, "no fp16");
+
+""",
+    ),
+    (
+        """\
+        .with_dtype<bf16_t>()
+        .with_device(device)
+""",
+        """\
+        .with_dtype<Weight>()
+        .with_device(device)
+""",
+    ),
+    (
+        "static_cast<const bf16_t*>(weight.data_ptr())",
+        "static_cast<const Weight*>(weight.data_ptr())",
+    ),
+    (
+        "const bf16_t* hidden_states, const bf16_t* weight,",
+        "const bf16_t* hidden_states, const Weight* weight,",
+    ),
 )
 
 
 def gate_header(glue: str, csrc: Path) -> str:
-    """The header, from the launcher as SGLang has them and the kernel of this tree.
+    """The header for bf16 weights, from the launcher and the kernel of this tree.
 
     Args:
         glue: the launcher, with a line `// @kernel` and the like for each part of the tree's.
@@ -201,6 +292,17 @@ def gate_header(glue: str, csrc: Path) -> str:
     Raises:
         RuleError: a rule does not fit the sources.
     """
+    return _header(glue, csrc, _BF16_WEIGHTS, "Shape<")
+
+
+def fp32_header(glue: str, csrc: Path) -> str:
+    """The same for bf16 and fp32 weights."""
+    for old, new in _LAUNCHER:
+        glue = replaced(glue, old, new)
+    return _header(glue, csrc, _ANY_WEIGHTS, "Shape<Weight, ")
+
+
+def _header(glue: str, csrc: Path, of_weights: _Rules, shape: str) -> str:
     ptx, kernel, module = (
         (csrc / name).read_text(encoding="utf-8")
         for name in ("ptx.cuh", "cluster_router_gemm.cuh", "cluster_router_gemm.cu")
@@ -208,24 +310,31 @@ def gate_header(glue: str, csrc: Path) -> str:
     parts = {
         "comment": opening_comment(kernel),
         "kernel": body(ptx, "router_gemm") + before(body(kernel, "router_gemm"), "Host"),
-        "shapes": _shapes(module),
+        "shapes": _shapes(module, shape),
     }
     text = glue
     for name, part in parts.items():
         text = replaced(text, f"// @{name}\n", part)
-    for signature in _UNUSED:
-        text = without_definition(text, signature)
-    for condition, value in _DECIDED:
-        text = decided(text, condition, value)
-    text = unrolled(text, "for (int term = S::kTerms - 1; term >= 0; --term)")
-    for old, new in _REPLACED:
-        text = replaced(text, old, new)
-    for old, new in _RENAMED:
-        text = renamed(text, old, new)
+    for rules in (_FP32_LOGITS, of_weights):
+        text = _applied(text, rules)
     return without_sections(text)
 
 
-def _shapes(module: str) -> str:
+def _applied(text: str, rules: _Rules) -> str:
+    for signature in rules.unused:
+        text = without_definition(text, signature)
+    for condition, value in rules.decided:
+        text = decided(text, condition, value)
+    for loop in rules.unrolled:
+        text = unrolled(text, loop)
+    for old, new in rules.replaced:
+        text = replaced(text, old, new)
+    for old, new in rules.renamed:
+        text = renamed(text, old, new)
+    return text
+
+
+def _shapes(module: str, shape: str) -> str:
     """What the module decides of the kernel: the largest M, the experts of a cluster, the tiles."""
     limit = re.search(r"^constexpr int kMaxTokens = .*\n", module, re.MULTILINE)
     choice = re.search(r"^// A wide tile .*?(?=^static_assert)", module, re.DOTALL | re.MULTILINE)
@@ -235,6 +344,6 @@ def _shapes(module: str) -> str:
         )
     text = limit[0] + "\n" + choice[0]
     text = replaced(text, "constexpr ", "static constexpr ")
-    text = replaced(text, "=\n    Shape<Weight, ", "= router_gemm::Shape<")
+    text = replaced(text, "=\n    Shape<Weight, ", f"= router_gemm::{shape}")
     text = replaced(text, ", Logits, kBias>", ">")
     return re.sub(r"^(?=.)", "  ", text, flags=re.MULTILINE).removeprefix("  ")

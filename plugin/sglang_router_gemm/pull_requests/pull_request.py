@@ -23,6 +23,8 @@ class PullRequest(NamedTuple):
     """Files under `upstream/` that this project's sources complete."""
     replaces: frozenset[str] = frozenset()
     """New files that may be there already, with another text."""
+    needs: PullRequest | None = None
+    """The pull request that must have been committed before, whose files this one edits."""
 
     @property
     def folder(self) -> Path:

@@ -25,14 +25,17 @@ from sglang_router_gemm import pull_requests
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.contract import MODEL
 from sglang_router_gemm.export import PULL_REQUESTS, RELEASE
-from sglang_router_gemm.pull_requests import edits, gate, header
+from sglang_router_gemm.pull_requests import edits, fp32, gate, header
 from sglang_router_gemm.pull_requests.gate_header import gate_header
 from sglang_router_gemm.pull_requests.pull_request import RuleError
 
 SGLANG = Path(str(distribution("sglang").locate_file("sglang")))
 UTILS = "srt/models/deepseek_common/utils.py"
 REGISTRY = "kernels/ops/gemm/__init__.py"
-EDITED = (MODEL, UTILS, REGISTRY)
+WIDE_GATES = tuple(
+    f"srt/models/{name}.py" for name in ("glm4_moe", "longcat_flash", "mimo_v2", "minimax_m2")
+)
+EDITED = (MODEL, UTILS, REGISTRY, *WIDE_GATES)
 OP = "python/sglang/kernels/ops/gemm/cluster_router_gemm.py"
 HEADER = "python/sglang/kernels/jit/csrc/gemm/cluster_router_gemm.cuh"
 TESTS = "test/registered/kernels/ops/gemm"
@@ -70,9 +73,24 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=pull_requests.NAMES)
-def pr(request: pytest.FixtureRequest) -> str:
+def pr(request: pytest.FixtureRequest, checkout: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """A pull request, what it needs being committed in the checkout."""
     name: str = request.param
+    commit_what_it_needs(checkout, name)
+    capsys.readouterr()
     return name
+
+
+ALONE = pytest.mark.parametrize(
+    "pr", [name for name, each in PULL_REQUESTS.items() if each.needs is None], indirect=True
+)
+
+
+def commit_what_it_needs(checkout: Path, pr: str) -> None:
+    needed = PULL_REQUESTS[pr].needs
+    if needed is not None:
+        assert export(checkout, needed.name) == 0
+        commit(checkout)
 
 
 def export(checkout: Path, pr: str, *options: str) -> int:
@@ -97,7 +115,18 @@ def lint(checkout: Path, files: list[str]) -> None:
     ruff = [sys.executable, "-m", "ruff"]
     run([sys.executable, "-m", "isort", "--check-only", *files], checkout)
     run([*ruff, "check", "--isolated", "--select", "F401,F821", *files], checkout)
-    run([*ruff, "format", "--isolated", "--line-length", "88", "--check", *files], checkout)
+    form = [*ruff, "format", "--isolated", "--line-length", "88", "--check"]
+    # SGLang's formatter and this one differ on some of its files.
+    run([*form, *(file for file in files if is_formatted(checkout, file, form))], checkout)
+
+
+def is_formatted(checkout: Path, file: str, form: list[str]) -> bool:
+    """Whether it was before the last commit; a file that was not there counts as such."""
+    if not git(checkout, "ls-tree", "--name-only", "HEAD~", file):
+        return True
+    old = git(checkout, "show", f"HEAD~:{file}")
+    command = [*form, "--stdin-filename", file, "-"]
+    return subprocess.run(command, input=old, capture_output=True, text=True).returncode == 0
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -128,11 +157,14 @@ def test_a_pull_request_is_small(
         assert re.search(rf"^{re.escape(path)} +\+{more} -{less}$", stat, re.MULTILINE)
     added, removed = (sum(int(row[i]) for row in rows) for i in (0, 1))
     assert f"{len(rows)} files, {added} added, {removed} removed\n" in stat
-    assert added <= {"gate": 900, "flashinfer": 300}[pr]
-    assert removed <= 1  # `if` of the gate, which becomes `elif`
+    assert added <= {"gate": 900, "flashinfer": 300, "fp32": 900}[pr]
+    # `if` of the gate, which becomes `elif`; and what gate wrote for bf16 weights alone.
+    assert removed <= {"gate": 1, "flashinfer": 1, "fp32": 100}[pr]
     assert len(rows) <= 10
     of_gate = {path: int(more) for more, _, path in rows}[f"python/sglang/{MODEL}"]
     assert of_gate <= 20
+    for model in WIDE_GATES if pr == "fp32" else ():
+        assert 0 < {path: int(more) for more, _, path in rows}[f"python/sglang/{model}"] <= 7
 
 
 def test_what_it_brings_knows_neither_this_project_nor_a_setting(pr: str, checkout: Path) -> None:
@@ -144,11 +176,14 @@ def test_what_it_brings_knows_neither_this_project_nor_a_setting(pr: str, checko
     assert [line for line in added if re.search(forbidden, line, re.IGNORECASE)] == []
 
 
-@pytest.mark.parametrize("both", [("gate", "flashinfer"), ("flashinfer", "gate")])
-def test_sglangs_own_linters_pass_for_one_and_for_both(
-    both: tuple[str, str], checkout: Path
+@pytest.mark.parametrize(
+    "several",
+    [("gate", "flashinfer"), ("flashinfer", "gate", "fp32"), ("gate", "fp32", "flashinfer")],
+)
+def test_sglangs_own_linters_pass_for_one_and_for_several(
+    several: tuple[str, ...], checkout: Path
 ) -> None:
-    for each in both:
+    for each in several:
         assert export(checkout, each) == 0
         commit(checkout)
         files = git(checkout, "diff", "--name-only", "HEAD~", "--", "*.py").split()
@@ -189,13 +224,15 @@ def test_an_unpacked_sdist(
 ) -> None:
     """Its root is the repository's folder `python`, and git does not know it."""
     sdist = shutil.copytree(checkout / "python", tmp_path / f"sglang-{RELEASE}")
+    if (needed := PULL_REQUESTS[pr].needs) is not None:
+        assert export(sdist, needed.name) == 0
+        capsys.readouterr()
     assert export(sdist, pr) == 0
     said = capsys.readouterr().out
     assert "sglang/srt/models/deepseek_v2.py " in said
     assert "python/sglang" not in said
-    new = [path for path in PULL_REQUESTS[pr].new_files() if path.startswith("python/")]
-    assert new
-    for path in new:
+    whole = {**PULL_REQUESTS[pr].edits, **PULL_REQUESTS[pr].new_files()}
+    for path in (path for path in whole if path.startswith("python/")):
         assert (sdist / path.removeprefix("python/")).is_file()
     assert export(sdist, pr) == 0
     assert capsys.readouterr().out == "nothing to do: the checkout has it all\n"
@@ -235,6 +272,31 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "  # taken\n" in gate.GATE.new_files()[OP]
 
 
+def test_the_table_of_fp32_has_both_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table() -> dict[tuple[int, int, torch.dtype], tuple[int, int]]:
+        text = fp32.edit_op(gate.GATE.new_files()[OP])
+        assert fp32.edit_op(text) == text
+        found = re.search(r"NUM_TOKENS: .* = (\{.*?\n\})", text, re.DOTALL)
+        assert found is not None
+        evaluated: dict[tuple[int, int, torch.dtype], tuple[int, int]] = eval(found[1])
+        return evaluated
+
+    assert table()[160, 5120, torch.bfloat16] == (2, 16)  # DeepSeek-V2
+    assert table()[160, 5120, torch.float32] == (1, 128)  # GLM-4.5
+    assert table()[768, 6144, torch.float32] == (1, 63)  # LongCat-Flash
+    assert len(table()) == 7 + 6
+    taken = {90: Auto("cluster", range(3, 6))}
+    wide = torch.float32
+    models = (
+        Model("fp32", 64, 1024, taken, dtype=wide),
+        Model("elsewhere", 64, 2048, {100: Auto("cluster", range(1, 9))}, dtype=wide),
+        Model("bf16 logits", 64, 3072, taken, dtype=wide, logits_dtype=torch.bfloat16),
+        Model("a bias", 64, 4096, taken, dtype=wide, bias=True),
+    )
+    monkeypatch.setattr(gate, "MODELS", models)
+    assert table() == {(64, 1024, wide): (3, 5)}
+
+
 # The header -------------------------------------------------------------------------------
 
 
@@ -244,12 +306,24 @@ def test_the_header_has_bf16_weights_and_fp32_logits_alone() -> None:
         r"kWide|[Bb]ias|[Tt]erm|Weight_|Logits|nv_bfloat16|high_halves|below\(|split\(|store\(bf16"
     )
     assert re.findall(unused, text) == []
+    check_that_all_is_called(text)
+
+
+def check_that_all_is_called(text: str) -> None:
     for name in re.findall(r"__forceinline__ \w+ (\w+)\(", text):
         assert len(re.findall(rf"\b{name}(?:<[^>]*>)?\(", text)) > 1, f"nobody calls {name}"
 
 
+def test_the_header_of_fp32_has_both_weights_and_fp32_logits_alone() -> None:
+    text = fp32.edit_header(gate.GATE.new_files()[HEADER])
+    assert fp32.edit_header(text) == text
+    assert re.findall(r"[Bb]ias|Logits|nv_bfloat16|store\(bf16|docs/", text) == []
+    assert "S::kWide" in text
+    check_that_all_is_called(text)
+
+
 COMPILE = """
-import shutil, subprocess, sys
+import shutil, subprocess, sys, torch
 from pathlib import Path
 from sglang.kernels.jit.utils import override_jit_cuda_arch
 from sglang.kernels.jit.utils.compile import ninja
@@ -270,7 +344,7 @@ def compile_only(*, spec, build_dir, build_file):  # no libcudart to link with i
 ninja.build = compile_only
 with override_jit_cuda_arch(9, 0):
     try:
-        cluster_router_gemm._jit_cluster_router_gemm_module(256, 7168)
+        cluster_router_gemm._jit_cluster_router_gemm_module(ARGUMENTS)
     except Compiled:
         print("compiled")
 """
@@ -283,18 +357,38 @@ def machine_code(binary: Path) -> list[str]:
 
 
 @pytest.mark.xdist_group("compiles")
+@pytest.mark.parametrize(
+    ("pr", "shape", "weight"),
+    [
+        ("gate", (256, 7168), torch.bfloat16),
+        ("fp32", (256, 7168), torch.bfloat16),
+        ("fp32", (160, 5120), torch.float32),
+    ],
+    indirect=["pr"],
+)
 def test_sglang_compiles_the_same_machine_code(
-    exported: Path, tmp_path: Path, run_python: Callable[..., str]
+    pr: str,
+    shape: tuple[int, int],
+    weight: torch.dtype,
+    tmp_path: Path,
+    run_python: Callable[..., str],
 ) -> None:
-    """By its own `load_jit`, with its headers and flags, for [256, 7168]."""
+    """By its own `load_jit`, with its headers and flags."""
+    folder = tmp_path / "exported"
+    copy_sglang(folder / "python")
+    for each in ("gate", pr)[pr == "gate" :]:
+        assert export(folder, each) == 0
     theirs, ours = tmp_path / "theirs.o", tmp_path / "ours.cubin"
+    arguments = (*shape, weight)[: 2 if pr == "gate" else 3]
     said = run_python(
-        COMPILE.replace("OUT", repr(str(theirs))),
-        PYTHONPATH=str(exported / "python"),
+        COMPILE.replace("OUT", repr(str(theirs))).replace(
+            "ARGUMENTS", ", ".join(map(str, arguments))
+        ),
+        PYTHONPATH=str(folder / "python"),
         SGLANG_JIT_CACHE_DIR=str(tmp_path / "cache"),
     )
     assert said.splitlines()[-1] == "compiled"
-    spec = cluster_router_gemm.spec(256, 7168, 90)
+    spec = cluster_router_gemm.spec(*shape, 90, weight)
     flags = [flag for flag in spec.flags() if flag != "-shared"]
     include = f"-I{Path(tvm_ffi.__file__).parent / 'include'}"
     run([jit.find_nvcc(90), *flags, include, "-cubin", spec.source, "-o", ours], tmp_path)
@@ -407,6 +501,7 @@ class Gate:
 
     def forward(self, m):
         if m <= self.limit:
+            # One.
             return 1
         else:
             return 2
@@ -429,6 +524,14 @@ table: dict[int, int] = {}
             lambda m: edits.with_branch_before(m, "Gate", "m <= self.limit", "if m:\n    z()\n"),
             "        if m:\n            z()\n        elif m <= self.limit:\n",
         ),
+        (
+            lambda m: edits.with_statement_replaced(m, "Gate", "return  1", "x = 1\nreturn x\n"),
+            "            # One.\n            x = 1\n            return x\n        else:\n",
+        ),
+        (
+            lambda m: edits.with_beginning(m, "Gate", "forward", "x = 1\n"),
+            "(self, m):\n        x = 1\n        if m",
+        ),
         (lambda m: edits.with_value(m, "table", "{1: 2}"), "table: dict[int, int] = {1: 2}\n"),
         (
             lambda m: edits.with_call_after(m, "table:dict", "z()\n"),
@@ -448,6 +551,11 @@ def test_an_edit(edit: Callable[[cst.Module], cst.Module], gives: str) -> None:
         (lambda m: edits.with_statement_after(m, "Gate", "self.x", ""), "assignment to self.x in"),
         (lambda m: edits.with_statement_after(m, "MoE", "self.x", ""), "0 times a class MoE"),
         (lambda m: edits.with_branch_before(m, "Gate", "x", "if y:\n    z\n"), "branch on x in G"),
+        (
+            lambda m: edits.with_statement_replaced(m, "Gate", "return 1", "x\n", times=2),
+            "1 times a statement return 1 in Gate, must be 2 times",
+        ),
+        (lambda m: edits.with_beginning(m, "Gate", "back", "x\n"), "0 times a method back in Gate"),
         (lambda m: edits.with_value(m, "tables", "{}"), "0 times a constant tables"),
         (lambda m: edits.with_call_after(m, "z()", "z()"), r"0 times a statement z\(\)"),
         (
@@ -496,6 +604,62 @@ def test_the_other_pull_request_is_dirt_until_it_is_committed(
     assert "is dirty" in refused(capsys, checkout, "--pr", "flashinfer")
 
 
+@pytest.mark.parametrize("only", [(), ("--check",), ("--diff",)])
+@pytest.mark.parametrize("exported", [False, True])
+def test_fp32_without_a_committed_gate(
+    exported: bool, only: tuple[str], checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if exported:
+        assert export(checkout, "gate") == 0
+    capsys.readouterr()
+    before = contents(checkout)
+    said = refused(capsys, checkout, "--pr", "fp32", *only)
+    assert re.fullmatch(
+        rf"{checkout} has no \S*cluster_router_gemm\S*, must have --pr gate committed, "
+        "which --pr fp32 edits",
+        said,
+    )
+    assert contents(checkout) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "problem"),
+    [
+        (HEADER, "kRanks = 8;", "kRanks = 4;", "it is not what --pr gate makes, must be"),
+        (OP, "*weight.shape)", "weight.shape[0])", "must be once"),
+        (f"python/sglang/{UTILS}", "_device_sm != 90", "_device_sm < 90", "must be once"),
+        (f"python/sglang/{MODEL}", "F.linear(hidden_states.float(), self.weight)", "0", "MoEGate"),
+        ("glm4_moe", "self.weight, None", "self.weight", "a statement logits = F.linear("),
+        ("mimo_v2", "logits = F.linear", "out = F.linear", "a statement logits = F.linear("),
+        ("longcat_flash", "class LongcatFlashRouter", "class Router", "a class LongcatFlashRouter"),
+        ("minimax_m2", "logits, _ = self.gate", "logits = self.gate", "must be 2 times"),
+        (f"{TESTS}/test_cluster_router_gemm.py", "SHAPES = ", "GATES = ", "must be once"),
+    ],
+)
+def test_a_checkout_whose_gate_is_another(
+    path: str,
+    old: str,
+    new: str,
+    problem: str,
+    checkout: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commit_what_it_needs(checkout, "fp32")
+    capsys.readouterr()
+    if "/" not in path:
+        path = f"python/sglang/srt/models/{path}.py"
+    text = (checkout / path).read_text()
+    assert old in text
+    (checkout / path).write_text(text.replace(old, new))
+    commit(checkout)
+    before = contents(checkout)
+    said = refused(capsys, checkout, "--pr", "fp32")
+    assert f"is not SGLang {RELEASE}, which the pull request is for: {path}: " in said
+    assert problem in said
+    assert contents(checkout) == before
+
+
+@ALONE
 def test_a_file_of_its_name_is_not_overwritten(
     pr: str, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -536,7 +700,7 @@ def test_a_tree_that_is_not_sglang(tmp_path: Path, capsys: pytest.CaptureFixture
     assert said.startswith(f"{tmp_path} is not SGLang's source tree")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--pr", "fp32"]])
+@pytest.mark.parametrize("arguments", [[], ["--pr", "gates"]])
 def test_a_pull_request_must_be_named(
     arguments: list[str], checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -556,6 +720,7 @@ def test_a_pull_request_must_be_named(
         (REGISTRY, "gemm.tiny_gemm", "gemm.small", "0 times a statement register_kernel(KernelSp"),
     ],
 )
+@ALONE
 def test_a_release_that_it_cannot_edit(
     file: str,
     old: str,
@@ -575,6 +740,7 @@ def test_a_release_that_it_cannot_edit(
     assert contents(checkout) == before
 
 
+@ALONE
 def test_nothing_is_half_written(
     pr: str, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -591,7 +757,7 @@ def test_nothing_is_half_written(
 
 @pytest.fixture(scope="module")
 def exported() -> Iterator[Path]:
-    """The whole installed SGLang as a repository, with both pull requests."""
+    """The whole installed SGLang as a repository, with all pull requests."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_sglang(folder / "python")
@@ -692,6 +858,225 @@ def test_the_gate_takes_a_kernel_where_it_was_measured(
     assert json.loads(asked) == expected
 
 
+WIDE = """
+import json, sys
+from types import SimpleNamespace as Config
+import torch
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.models import deepseek_v2, glm4_moe, longcat_flash, mimo_v2, minimax_m2
+
+print(deepseek_v2.__file__)
+torch.set_default_dtype(torch.bfloat16)
+
+def hy4():
+    config = Config(n_routed_experts=256, hidden_size=2816, topk_method="greedy", router_fp32=True)
+    return deepseek_v2.MoEGate(config, quant_config=None)
+
+def glm4():
+    return glm4_moe.Glm4MoeGate(Config(n_routed_experts=160, hidden_size=5120))
+
+def mimo(**config):
+    config = Config(n_routed_experts=256, hidden_size=4096, topk_method="greedy", **config)
+    return mimo_v2.MoEGate(config, quant_config=None)
+
+def longcat(bias=False):
+    config = Config(n_routed_experts=512, hidden_size=6144, router_bias=bias)
+    return longcat_flash.LongcatFlashRouter(config, zero_expert_num=256)
+
+def minimax():
+    block = minimax_m2.MiniMaxM2MoE.__new__(minimax_m2.MiniMaxM2MoE)
+    torch.nn.Module.__init__(block)
+    block.gate = ReplicatedLinear(3072, 256, bias=False, params_dtype=torch.float32)
+    block.experts = lambda hidden_states, topk_output: hidden_states
+    return block
+
+BUILD = {each.__name__: each for each in (hy4, glm4, mimo, longcat, minimax)}
+
+def built(build, **options):
+    gate = build(**options)
+    torch.manual_seed(0)
+    for each in gate.parameters():
+        each.data.normal_()
+    return gate, next(each for each in gate.parameters() if each.dim() == 2)
+
+@torch.no_grad()
+def logits_of(gate, hidden_states):
+    if not hasattr(gate, "forward_deepep"):
+        return gate(hidden_states)
+    seen = []
+    gate.topk = lambda hidden_states, router_logits: seen.append(router_logits)
+    gate.forward_normal(hidden_states)
+    gate.forward_deepep(hidden_states, None)
+    assert torch.equal(*seen)
+    return seen[0]
+"""
+
+AS_BEFORE = """
+import hashlib
+
+asked = {}
+for name, build in BUILD.items():
+    gate, weight = built(build)
+    for num_tokens in (1, 8, 130):
+        hidden_states = torch.randn(num_tokens, weight.shape[1])
+        logits = logits_of(gate, hidden_states)
+        assert logits.dtype == torch.float32
+        bits = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+        asked[f"{name}, M = {num_tokens}"] = bits
+print(json.dumps(asked))
+"""
+
+
+@pytest.mark.xdist_group("exported")
+def test_on_a_cpu_the_gates_give_what_they_gave(
+    exported: Path, run_python: Callable[..., str]
+) -> None:
+    *_, file, after = run_python(WIDE + AS_BEFORE, PYTHONPATH=str(exported / "python")).splitlines()
+    assert file == str(exported / "python/sglang" / MODEL)
+    *_, file, before = run_python(WIDE + AS_BEFORE, SGLANG_ROUTER_GEMM_BACKEND="off").splitlines()
+    assert file == str(SGLANG / MODEL)
+    assert len(json.loads(after)) == 5 * 3
+    assert json.loads(after) == json.loads(before)
+
+
+SERVED = """
+from torch.utils._python_dispatch import TorchDispatchMode
+from sglang.kernels.ops.gemm import cluster_router_gemm as op
+from sglang.srt.lora.layers import ReplicatedLinearWithLoRA
+from sglang.srt.models.deepseek_common import utils
+
+class Casts(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+deterministic = Config(enable_deterministic_inference=False)
+utils.get_exec = lambda: Config(deterministic=deterministic)
+utils._is_cuda = torch.Tensor.is_cuda = True
+utils._device_sm = 90
+served = []
+
+def kernel(hidden_states, weight):
+    served.append(weight)
+    assert hidden_states.dtype == torch.bfloat16
+    return torch.ones(hidden_states.shape[0], weight.shape[0], dtype=torch.float32)
+
+op.cluster_router_gemm = kernel
+
+def takes(gate, weight, hidden_states):
+    served.clear()
+    with Casts() as casts:
+        casts.count = 0
+        logits = logits_of(gate, hidden_states)
+    if not served:
+        expected = hidden_states.float() @ weight.float().t()
+        assert torch.allclose(logits.float(), expected, rtol=0.05, atol=1)
+        return False
+    assert casts.count == 0, "hidden_states were cast"
+    assert all(each is weight for each in served)
+    assert torch.equal(logits, torch.ones_like(logits))
+    return True
+
+asked = {}
+for name, build in BUILD.items():
+    gate, weight = built(build)
+    num_experts, hidden_size = weight.shape
+    fewest, most = op.NUM_TOKENS[num_experts, hidden_size, torch.float32]
+    hidden_states = torch.randn(8, 2 * hidden_size)
+    plain = hidden_states[:, :hidden_size].contiguous()
+    for num_tokens in (fewest, most, most + 1):
+        others = torch.randn(num_tokens, hidden_size)
+        asked[f"{name}, M = {num_tokens}"] = takes(gate, weight, others)
+    asked[f"{name}, fp32 hidden_states"] = takes(gate, weight, plain.float())
+    asked[f"{name}, strides"] = takes(gate, weight, hidden_states[:, :hidden_size])
+    deterministic.enable_deterministic_inference = True
+    asked[f"{name}, deterministic"] = takes(gate, weight, plain)
+    deterministic.enable_deterministic_inference = False
+    for sm in (80, 89, 100, 103, 120):
+        utils._device_sm = sm
+        asked[f"{name}, SM {sm}"] = takes(gate, weight, plain)
+    utils._device_sm = 90
+    utils._is_cuda = False
+    asked[f"{name}, no CUDA"] = takes(gate, weight, plain)
+    utils._is_cuda = True
+    torch.Tensor.is_cuda = False
+    asked[f"{name}, on a CPU"] = takes(gate, weight, plain)
+    torch.Tensor.is_cuda = True
+    for layer in ("classifier", "gate"):
+        if hasattr(gate, layer):
+            backend = Config(get_batch_info=lambda: None)
+            setattr(gate, layer, ReplicatedLinearWithLoRA(getattr(gate, layer), backend))
+            gate.hpc_kernel_min_m = None
+            asked[f"{name}, LoRA"] = takes(gate, weight, plain)
+
+gate, weight = built(longcat, bias=True)
+with torch.no_grad():
+    gate.classifier.bias.zero_()
+asked["longcat, a bias"] = takes(gate, weight, torch.randn(8, 6144))
+gate, weight = built(mimo, moe_router_dtype="bfloat16")
+torch.Tensor.is_cuda = False
+asked["mimo, bf16 weights"] = takes(gate, weight, torch.randn(8, 4096))
+print(json.dumps(asked))
+"""
+
+
+@pytest.mark.xdist_group("exported")
+def test_the_gates_with_fp32_weights_take_the_kernel_where_it_was_measured(
+    exported: Path, run_python: Callable[..., str]
+) -> None:
+    """SGLang's own gates on this CPU, which is told that it is a GPU, with a kernel of its name."""
+    said = run_python(WIDE + SERVED, PYTHONPATH=str(exported / "python"))
+    asked = json.loads(said.splitlines()[-1])
+    most = {"hy4": 128, "glm4": 128, "mimo": 128, "longcat": 63, "minimax": 128}
+    taken = {f"{name}, M = {m}" for name, last in most.items() for m in (1, last)}
+    assert {case for case, is_taken in asked.items() if is_taken} == taken
+    assert len(asked) == 5 * 13 + 2 + 2
+
+
+WIDE_COMPILED = """
+import inspect
+from sglang.srt import runtime_context
+from sglang.srt.models.deepseek_common import utils
+
+def kernel(hidden_states, weight, logits):
+    served.append(hidden_states.shape[0])
+    logits.copy_(hidden_states.float() @ weight.t())
+
+torch.library.register_kernel("sglang::cluster_router_gemm_bf16", "cpu", kernel)
+bags = {each: runtime_context._ConfigBag(each) for each in ("exec", "deterministic")}
+bags["deterministic"]._set("enable_deterministic_inference", False)
+bags["exec"].__dict__["deterministic"] = bags["deterministic"]
+runtime_context._CONTEXT._config_bags = bags
+utils._is_cuda, utils._device_sm = True, 90
+# torch.compile knows by itself where a tensor is.
+source = inspect.getsource(utils.try_cluster_router_gemm).replace("hidden_states.is_cuda", "True")
+exec(source, vars(utils))
+glm4_moe.try_cluster_router_gemm = utils.try_cluster_router_gemm
+served = []
+gate, weight = built(glm4)
+compiled = torch.compile(gate, fullgraph=True, dynamic=True)
+with torch.no_grad():
+    for num_tokens in (300, 4, 128, 129):
+        hidden_states = torch.randn(num_tokens, 5120)
+        logits = compiled(hidden_states)
+        expected = torch.nn.functional.linear(hidden_states.float(), weight)
+        assert torch.allclose(logits, expected, rtol=1e-3, atol=1e-2)
+print(json.dumps(served))
+"""
+
+
+@pytest.mark.xdist_group("exported")
+def test_a_gate_with_fp32_weights_under_torch_compile(
+    exported: Path, run_python: Callable[..., str]
+) -> None:
+    said = run_python(
+        WIDE + WIDE_COMPILED,
+        PYTHONPATH=str(exported / "python"),
+        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+    )
+    assert json.loads(said.splitlines()[-1]) == [4, 128]
+
+
 COMPILED = """
 import torch
 from sglang.kernels.ops.gemm.MODULE import FUNCTION
@@ -703,7 +1088,7 @@ def of_order(ORDER):
     kernel(hidden_states, weight, logits)
 
 torch.library.register_kernel("sglang::NAME", "cpu", of_order)
-weight = torch.randn(32, 64).bfloat16()
+weight = torch.randn(32, 64).to(torch.DTYPE)
 
 @torch.no_grad()
 def doubled(hidden_states):
@@ -721,21 +1106,36 @@ print("right")
 
 @pytest.mark.xdist_group("exported")
 @pytest.mark.parametrize(
-    ("function", "name", "order"),
+    ("function", "name", "order", "dtype"),
     [
-        ("cluster_router_gemm", "cluster_router_gemm_bf16", "hidden_states, weight, logits"),
+        *(
+            (
+                "cluster_router_gemm",
+                "cluster_router_gemm_bf16",
+                "hidden_states, weight, logits",
+                dtype,
+            )
+            for dtype in ("bfloat16", "float32")
+        ),
         (
             "flashinfer_dsv3_router_gemm",
             "flashinfer_dsv3_router_gemm",
             "logits, hidden_states, weight",
+            "bfloat16",
         ),
     ],
 )
 def test_an_op_under_torch_compile(
-    function: str, name: str, order: str, exported: Path, run_python: Callable[..., str]
+    function: str,
+    name: str,
+    order: str,
+    dtype: str,
+    exported: Path,
+    run_python: Callable[..., str],
 ) -> None:
     """The op says what it writes: torch neither drops nor moves it, and M may be symbolic."""
     code = COMPILED.replace("MODULE", function).replace("FUNCTION", function)
+    code = code.replace("DTYPE", dtype)
     said = run_python(
         code.replace("NAME", name).replace("ORDER", order),
         PYTHONPATH=str(exported / "python"),

@@ -98,6 +98,28 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     assert "No Blackwell GPU" not in other_pr
 
 
+def test_fp32_weights_are_compared_with_what_the_server_runs(tmp_path: Path) -> None:
+    text = _filled(tmp_path / "text.md", "pr_fp32_speed")
+    rows = {(row[1].partition(",")[0], row[2]): row[3:] for row in _rows(text)[2:]}
+    for shape, model, provider, called in (
+        ("n160_k5120", "GLM-4.5", "SGLang TF32 F.linear", "cuBLAS TF32"),
+        ("n256_k4096", "MiMo-V2-Flash", "SGLang fp32 F.linear", "cuBLAS fp32"),
+    ):
+        run = json.loads((BENCHMARKS / f"gates/h200_{shape}_fp32.json").read_text())
+        us = {
+            each["provider"]: each["median_us"]
+            for each in run["timings"]
+            if (each["mode"], each["num_tokens"]) == ("chain", 8)
+        }
+        ours = us["ours: cluster"]
+        ratio = f"{us[provider] / ours:.2f}"
+        tiny_gemm = f"{us['SGLang tiny_gemm']:.2f} tiny_gemm"
+        expected = [called, f"{us[provider]:.2f}", f"{ours:.2f}", ratio, tiny_gemm]
+        assert rows[model, "8"] == expected
+    assert ("LongCat-Flash", "32") in rows
+    assert ("LongCat-Flash", "64") not in rows
+
+
 def test_no_results(tmp_path: Path) -> None:
     nothing = ("--benchmarks", tmp_path)
     blocks = ("speed", "headline", "benchmark", "pr_gate_speed", "pr_flashinfer_accuracy")
