@@ -6,7 +6,7 @@ import libcst as cst
 import torch
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
-from sglang.srt.layers.moe_router.models import MODELS
+from sglang.srt.layers.moe_router.models import MODELS, find_model
 from sglang_router_gemm.contract import GATE_CLASS, GATE_OP
 from sglang_router_gemm.pull_requests.edits import (
     code_of,
