@@ -16,8 +16,9 @@ from sglang_router_gemm.contract import MODEL
 from sglang_router_gemm.pull_requests.flashinfer import FLASHINFER
 from sglang_router_gemm.pull_requests.gate import GATE
 from sglang_router_gemm.pull_requests.pull_request import PullRequest, RuleError
+from sglang_router_gemm.pull_requests.routing import ROUTING
 
-PULL_REQUESTS = {each.name: each for each in (GATE, FLASHINFER)}
+PULL_REQUESTS = {each.name: each for each in (GATE, FLASHINFER, ROUTING)}
 
 # The release that the edits were written for; newer sources are taken as long as the edits fit.
 RELEASE = "0.5.23"

@@ -1,3 +1,3 @@
 """The pull requests that `export` makes, a module each."""
 
-NAMES = ("gate", "flashinfer")
+NAMES = ("gate", "flashinfer", "routing")

@@ -106,6 +106,27 @@ def with_function_after(module: cst.Module, name: str, code: str) -> cst.Module:
     )
 
 
+def with_beginning(module: cst.Module, name: str, code: str) -> cst.Module:
+    """The module with a statement before all others of the function of this name.
+
+    Raises:
+        RuleError: there is no such function, or one with a docstring.
+    """
+    statement = cst.parse_module(code).body[0]
+
+    def is_anchor(node: cst.CSTNode) -> bool:
+        return isinstance(node, cst.FunctionDef) and node.name.value == name
+
+    def put(old: cst.CSTNode) -> cst.CSTNode:
+        function = cst.ensure_type(old, cst.FunctionDef)
+        if function.get_docstring() is not None:
+            raise RuleError(f"the function {name} has a docstring, must have none")
+        block = cst.ensure_type(function.body, cst.IndentedBlock)
+        return function.with_deep_changes(block, body=[statement, *block.body])
+
+    return _replaced(module, is_anchor, f"function {name}", put)
+
+
 def with_call_after(module: cst.Module, beginning: str, code: str) -> cst.Module:
     """The module with a statement after the one whose code, without whitespace, starts like this.
 
