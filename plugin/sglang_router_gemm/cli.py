@@ -72,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         "export",
         help="turn a clean SGLang source checkout into one of the pull requests",
         description="Puts a kernel, its op, a test and a benchmark into an SGLang source tree and "
-        "edits its gate or its top-k. Written for SGLang 0.5.23; exits with 1, and changes nothing, where that "
-        "does not apply.",
+        "edits its gate or its top-k. Written for SGLang 0.5.23; exits with 1, and changes "
+        "nothing, where that does not apply.",
     )
     export.add_argument("checkout", type=Path, metavar="CHECKOUT", help="SGLang's source tree")
     export.add_argument(

@@ -25,7 +25,7 @@ _PACKAGE = "python/sglang"
 
 _IMPORT = f"from sglang.kernels.ops.moe.{_OP} import can_route_warp, {_OP}\n"
 
-_ROUTING = '''\
+_ROUTING = """\
 def _warp_routing(topk_config: TopKConfig) -> dict[str, int]:
     grouped = topk_config.use_grouped_topk
     return dict(
@@ -34,7 +34,7 @@ def _warp_routing(topk_config: TopKConfig) -> dict[str, int]:
         top_k=topk_config.top_k - topk_config.num_shared_topk_slots,
         num_shared=topk_config.num_shared_topk_slots,
     )
-'''
+"""
 
 _TAKES = '''\
 def _takes_warp_routing(router_logits: torch.Tensor, topk_config: TopKConfig) -> bool:
@@ -61,7 +61,7 @@ def _takes_warp_routing(router_logits: torch.Tensor, topk_config: TopKConfig) ->
     )
 '''
 
-_SELECT = '''\
+_SELECT = """\
 def _select_experts_by_warp(
     router_logits: torch.Tensor,
     topk_config: TopKConfig,
@@ -99,7 +99,7 @@ def _select_experts_by_warp(
         topk_ids=recorder_topk_ids
     )
     return StandardTopKOutput(topk_weights, topk_ids, router_logits)
-'''
+"""
 
 _BRANCH = """\
 if (
