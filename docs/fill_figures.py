@@ -58,6 +58,13 @@ RANK_RUNS = (
     "minimax_m2_rank_h200_0.5.23_batch_1",
     "minimax_m2_rank_h200_0.5.23",
 )
+BF16_OUT = " (bf16 out)"  # of a provider that rounds where the gate gives fp32
+# Up to which M SGLang 0.5.23's MoEGate calls it.
+TINY_GEMM_MAX_NUM_TOKENS = 16
+NO_RESULTS = "No results of the benchmark are committed yet."
+# As a page in docs/ links to it.
+PLOTS = "../benchmark/kernels/deepseek/results/cluster"
+HEADLINE_RUN, HEADLINE_NUM_TOKENS = "h200.json", (1, 4, 8, 16, 64)
 
 
 def speed(benchmarks: Sequence[Results]) -> str:
