@@ -129,8 +129,8 @@ def test_the_ranks_of_the_routing_are_those_of_their_reports(tmp_path: Path) -> 
 
 def test_no_results(tmp_path: Path) -> None:
     nothing = ("--benchmarks", tmp_path)
-    blocks = ("speed", "headline", "benchmark", "pr_gate_speed", "pr_flashinfer_accuracy")
-    blocks += ("pr_routing_speed", "pr_routing_not_measured")
+    of_prs = ("pr_gate_speed", "pr_flashinfer_accuracy", "pr_routing_speed")
+    blocks = ("speed", "headline", "benchmark", *of_prs, "pr_routing_not_measured")
     text = _filled(tmp_path / "text.md", *blocks, arguments=nothing)
     assert text.count("No results of the benchmark") == 5
     assert "- Timed on: no GPU. " in text

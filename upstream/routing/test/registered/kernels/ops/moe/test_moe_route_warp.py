@@ -121,7 +121,8 @@ def test_a_token_does_not_depend_on_its_batch(routing):
 @pytest.mark.parametrize("num_shared", [0, 1])
 def test_padded_rows(num_shared: int):
     asked, logits = config(num_shared=num_shared), draw(16, 256)
-    padded = {"num_token_non_padded": torch.tensor(11, device="cuda")}
+    num_tokens = torch.tensor(11, dtype=torch.int32, device="cuda")
+    padded = {"num_token_non_padded": num_tokens}
     expected = select_without(logits, asked, **padded)
     assert_same(select(logits, asked, **padded), expected, exact=True)
 
