@@ -37,6 +37,7 @@ try:
     from sglang.srt.layers.moe_router.kernel import Target, dtype_name
     from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Auto, Model
     from sglang_router_gemm.pull_requests import gate as pr_gate
+    from sglang_router_gemm.pull_requests import routing as pr_routing
 except ModuleNotFoundError as error:
     sys.exit(how_to_call(error))
 
@@ -47,6 +48,16 @@ BLACKWELL = re.compile(r"\bG?B\d00\b")
 NAMED = ("torch", "sglang", "flashinfer-python")
 CLUSTER, TINY_GEMM = "ours: cluster", "SGLang tiny_gemm"
 FLASHINFER = "FlashInfer"
+# Of benchmark_route.py.
+SGLANG_ROUTE, OWN_ROUTE = "SGLang", "ours: route"
+GROUPED_ROUTE, UNGROUPED_ROUTE = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
+RANKS = ROOT / "benchmark" / "server" / "results"
+RANK_RUNS = (
+    "dsv3_rank_h200_0.5.23",
+    "glm45_rank_h200_0.5.23",
+    "batch_1/minimax_m2_rank_h200_0.5.23",
+    "minimax_m2_rank_h200_0.5.23",
+)
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
 # What SGLang 0.5.23's gates with fp32 weights call: enable_tf32_matmul is set for these models.
@@ -350,6 +361,49 @@ def pr_flashinfer_not_measured(runs: Sequence[Results]) -> str:
     )
 
 
+def pr_routing_speed(runs: Sequence[Results]) -> str:
+    """µs that ids and weights add behind the gate: SGLang's own, its top-k alone, and ours."""
+    rows = []
+    for run in runs:
+        us = {(each["provider"], each["num_tokens"]): each["median_us"] for each in run["us"]}
+        alone = GROUPED_ROUTE if (GROUPED_ROUTE, run["num_tokens"][0]) in us else UNGROUPED_ROUTE
+        for m in run["num_tokens"]:
+            if m & (m - 1) == 0:
+                shown = (f"{us[name, m]:.2f}" for name in (SGLANG_ROUTE, alone, OWN_ROUTE))
+                rows.append((run["gpu"], run["model"], str(m), *shown))
+    headers = ("GPU", "routing of", "M", "select_experts", "its top-k kernel alone", "this kernel")
+    return _github(rows, headers) if rows else NO_RESULTS
+
+
+def pr_routing_ranks(runs: Sequence[Results]) -> str:
+    """Decode steps of one rank, with gate and routing of the plugin and without."""
+    rows = []
+    for run in runs:
+        on, off = run["us"]["auto"], run["us"]["off"]
+        for batch in on:
+            cells: list[str] = []
+            for what, form in (("step", ".0f"), ("routing", ".1f")):
+                medians = off[batch][what][1], on[batch][what][1]
+                cells += (f"{each:{form}}" for each in medians)
+            shorter = 100 * (1 - on[batch]["step"][1] / off[batch]["step"][1])
+            rows.append((run["model"], batch, *cells[:2], f"{shorter:.1f} %", *cells[2:]))
+    headers = ("model", "batch", "step now", "with both", "shorter", "norm to experts now", "both")
+    return _github(rows, headers) if rows else NO_RESULTS
+
+
+def pr_routing_not_measured(runs: Sequence[Results]) -> str:
+    """The routings that the pull request takes, of models that were not measured."""
+    gpus = list(dict.fromkeys(run["gpu"] for run in runs))
+    names = [name for each in pr_routing.taken().values() for name in each]
+    missing = [name for name in names if name not in {run["model"] for run in runs}]
+    lines = [
+        f"- Timed on: {', '.join(gpus) or 'no GPU'}. No other GPU of SM 90 was, H100 among them."
+    ]
+    if missing:
+        lines.append(f"- Not timed apart from a server: the routing of {', '.join(missing)}.")
+    return "\n".join(lines)
+
+
 def _of_gates(
     runs: Sequence[Results], weight: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[Results, str, range]]:
@@ -405,6 +459,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run["weight"] == "float32"
     }
     plotted = speed_with_plots(benchmarks)
+    routes = _load(arguments.benchmarks / "route")
+    ranks = [run for name in RANK_RUNS if (run := _read(RANKS / f"{name}.json")) is not None]
     blocks = {
         "auto": auto_table(MODELS),
         "backends": backends_table(BACKENDS.values()),
@@ -422,7 +478,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pr_gate_accuracy": pr_gate_accuracy(benchmarks + other_gates),
         "pr_gate_not_measured": pr_not_measured(benchmarks + other_gates, torch.bfloat16),
         "pr_gate_speed": pr_gate_speed(benchmarks + other_gates),
-        "route": "\n\n".join(map(routing, _load(arguments.benchmarks / "route"))) or NO_RESULTS,
+        "pr_routing_not_measured": pr_routing_not_measured(routes),
+        "pr_routing_ranks": pr_routing_ranks(ranks),
+        "pr_routing_speed": pr_routing_speed(routes),
+        "route": "\n\n".join(map(routing, routes)) or NO_RESULTS,
         "settings": settings_table(),
         "shapes": speed([run for run in benchmarks if not _is_deepseek_v3(run)]),
         "speed": speed(benchmarks),

@@ -72,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         "export",
         help="turn a clean SGLang source checkout into one of the pull requests",
         description="Puts a kernel, its op, a test and a benchmark into an SGLang source tree and "
-        "edits its gate. Written for SGLang 0.5.23; exits with 1, and changes nothing, where that "
-        "does not apply.",
+        "edits its gate or its top-k. Written for SGLang 0.5.23; exits with 1, and changes "
+        "nothing, where that does not apply.",
     )
     export.add_argument("checkout", type=Path, metavar="CHECKOUT", help="SGLang's source tree")
     export.add_argument(
@@ -81,7 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         choices=pull_requests.NAMES,
         help="gate: this project's kernel, on SM 90; flashinfer: FlashInfer's, on SM 100 and 103; "
-        "fp32: the kernel of gate, which must be committed, for fp32 router weights",
+        "fp32: the kernel of gate, which must be committed, for fp32 router weights; "
+        "routing: the top-k behind the gate, on SM 90",
     )
     only = export.add_mutually_exclusive_group()
     only.add_argument("--check", action="store_true", help="say whether it applies, change nothing")

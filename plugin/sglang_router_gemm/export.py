@@ -17,8 +17,9 @@ from sglang_router_gemm.pull_requests.flashinfer import FLASHINFER
 from sglang_router_gemm.pull_requests.fp32 import FP32
 from sglang_router_gemm.pull_requests.gate import GATE
 from sglang_router_gemm.pull_requests.pull_request import PullRequest, RuleError
+from sglang_router_gemm.pull_requests.routing import ROUTING
 
-PULL_REQUESTS = {each.name: each for each in (GATE, FLASHINFER, FP32)}
+PULL_REQUESTS = {each.name: each for each in (GATE, FLASHINFER, FP32, ROUTING)}
 
 # The release that the edits were written for; newer sources are taken as long as the edits fit.
 RELEASE = "0.5.23"

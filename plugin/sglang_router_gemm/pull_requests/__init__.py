@@ -1,3 +1,3 @@
 """The pull requests that `export` makes, a module each."""
 
-NAMES = ("gate", "flashinfer", "fp32")
+NAMES = ("gate", "flashinfer", "fp32", "routing")

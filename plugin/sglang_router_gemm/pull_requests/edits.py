@@ -112,23 +112,6 @@ def with_statement_replaced(
     return _in_class(module, class_name, is_anchor, f"statement {old}", put, times)
 
 
-def with_beginning(module: cst.Module, class_name: str, method: str, code: str) -> cst.Module:
-    """The module with statements at the beginning of a method, which has no docstring.
-
-    Raises:
-        RuleError: there is no such class, or it does not have the method.
-    """
-
-    def is_anchor(node: cst.CSTNode) -> bool:
-        return isinstance(node, cst.FunctionDef) and node.name.value == method
-
-    def put(old: cst.CSTNode) -> cst.CSTNode:
-        body = cst.ensure_type(old, cst.FunctionDef).body
-        return old.with_deep_changes(body, body=[*cst.parse_module(code).body, *body.body])
-
-    return _in_class(module, class_name, is_anchor, f"method {method}", put)
-
-
 def replaced_once(text: str, old: str, new: str) -> str:
     """`new` for `old`.
 
@@ -154,6 +137,31 @@ def with_function_after(module: cst.Module, name: str, code: str) -> cst.Module:
         f"function {name}",
         function.with_changes(leading_lines=blank),
     )
+
+
+def with_beginning(
+    module: cst.Module, name: str, code: str, class_name: str | None = None
+) -> cst.Module:
+    """The module with statements before all others of a function, or of a class's method.
+
+    Raises:
+        RuleError: there is no such class or function, or one with a docstring.
+    """
+
+    def is_anchor(node: cst.CSTNode) -> bool:
+        return isinstance(node, cst.FunctionDef) and node.name.value == name
+
+    def put(old: cst.CSTNode) -> cst.CSTNode:
+        function = cst.ensure_type(old, cst.FunctionDef)
+        if function.get_docstring() is not None:
+            raise RuleError(f"the function {name} has a docstring, must have none")
+        block = cst.ensure_type(function.body, cst.IndentedBlock)
+        body = [*cst.parse_module(code).body, *block.body]
+        return function.with_deep_changes(block, body=body)
+
+    if class_name is None:
+        return _replaced(module, is_anchor, f"function {name}", put)
+    return _in_class(module, class_name, is_anchor, f"method {name}", put)
 
 
 def with_call_after(module: cst.Module, beginning: str, code: str) -> cst.Module:

@@ -131,9 +131,9 @@ def edit_longcat_flash(text: str) -> str:
         text,
         lambda module: with_beginning(
             _with_import(module, "sglang.srt.models.deepseek_v2"),
-            "LongcatFlashRouter",
             "forward",
             _or_go_on(call),
+            class_name="LongcatFlashRouter",
         ),
     )
 

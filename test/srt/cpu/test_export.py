@@ -19,15 +19,17 @@ import triton
 import tvm_ffi
 from environments import copy_sglang
 
-from sglang.srt.layers.moe_router import cluster_router_gemm, jit
-from sglang.srt.layers.moe_router.models import MODELS, Auto, Model
+from sglang.srt.layers.moe_router import cluster_route, cluster_router_gemm, jit
+from sglang.srt.layers.moe_router.cluster_route import Routing
+from sglang.srt.layers.moe_router.models import MODELS, Auto, Model, Route
 from sglang_router_gemm import pull_requests
 from sglang_router_gemm.cli import main
 from sglang_router_gemm.contract import MODEL
 from sglang_router_gemm.export import PULL_REQUESTS, RELEASE
-from sglang_router_gemm.pull_requests import edits, fp32, gate, header
+from sglang_router_gemm.pull_requests import edits, fp32, gate, header, routing
 from sglang_router_gemm.pull_requests.gate_header import gate_header
 from sglang_router_gemm.pull_requests.pull_request import RuleError
+from sglang_router_gemm.pull_requests.routing_header import routing_header
 
 SGLANG = Path(str(distribution("sglang").locate_file("sglang")))
 UTILS = "srt/models/deepseek_common/utils.py"
@@ -35,10 +37,17 @@ REGISTRY = "kernels/ops/gemm/__init__.py"
 WIDE_GATES = tuple(
     f"srt/models/{name}.py" for name in ("glm4_moe", "longcat_flash", "mimo_v2", "minimax_m2")
 )
-EDITED = (MODEL, UTILS, REGISTRY, *WIDE_GATES)
+TOPK = "srt/layers/moe/topk.py"
+MOE_REGISTRY = "kernels/ops/moe/__init__.py"
+EDITED = (MODEL, UTILS, REGISTRY, TOPK, MOE_REGISTRY, *WIDE_GATES)
+# The file whose branch takes the kernel.
+MAIN = {"gate": MODEL, "flashinfer": MODEL, "fp32": MODEL, "routing": TOPK}
 OP = "python/sglang/kernels/ops/gemm/cluster_router_gemm.py"
 HEADER = "python/sglang/kernels/jit/csrc/gemm/cluster_router_gemm.cuh"
+ROUTE_OP = "python/sglang/kernels/ops/moe/moe_route_warp.py"
+ROUTE_HEADER = "python/sglang/kernels/jit/csrc/moe/route_warp.cuh"
 TESTS = "test/registered/kernels/ops/gemm"
+MOE_TESTS = "test/registered/kernels/ops/moe"
 BENCHMARK = "benchmark/kernels/deepseek/benchmark_deepgemm_dsv3_router_gemm_blackwell.py"
 CSRC = cluster_router_gemm.SOURCE.parent
 # The settings of SGLang's hooks.
@@ -157,12 +166,12 @@ def test_a_pull_request_is_small(
         assert re.search(rf"^{re.escape(path)} +\+{more} -{less}$", stat, re.MULTILINE)
     added, removed = (sum(int(row[i]) for row in rows) for i in (0, 1))
     assert f"{len(rows)} files, {added} added, {removed} removed\n" in stat
-    assert added <= {"gate": 900, "flashinfer": 300, "fp32": 900}[pr]
+    assert added <= {"gate": 900, "flashinfer": 300, "fp32": 900, "routing": 900}[pr]
     # `if` of the gate, which becomes `elif`; and what gate wrote for bf16 weights alone.
-    assert removed <= {"gate": 1, "flashinfer": 1, "fp32": 100}[pr]
+    assert removed <= {"fp32": 100}.get(pr, 1)
     assert len(rows) <= 10
-    of_gate = {path: int(more) for more, _, path in rows}[f"python/sglang/{MODEL}"]
-    assert of_gate <= 20
+    of_main = {path: int(more) for more, _, path in rows}[f"python/sglang/{MAIN[pr]}"]
+    assert of_main <= {"routing": 90}.get(pr, 20)
     for model in WIDE_GATES if pr == "fp32" else ():
         assert 0 < {path: int(more) for more, _, path in rows}[f"python/sglang/{model}"] <= 7
 
@@ -173,12 +182,18 @@ def test_what_it_brings_knows_neither_this_project_nor_a_setting(pr: str, checko
     diff = git(checkout, "diff", "--cached", "--unified=0")
     added = [line for line in diff.splitlines() if line.startswith("+")]
     forbidden = r"plugin|sglang[-_]router[-_]gemm|environ|getenv|SGLANG_|csrc/ptx|docs/|// @"
+    asked_for = "envs.SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK.get()"  # another kernel of SGLang's
+    added = [line.replace(asked_for, "") for line in added]
     assert [line for line in added if re.search(forbidden, line, re.IGNORECASE)] == []
 
 
 @pytest.mark.parametrize(
     "several",
-    [("gate", "flashinfer"), ("flashinfer", "gate", "fp32"), ("gate", "fp32", "flashinfer")],
+    [
+        ("gate", "flashinfer", "routing"),
+        ("routing", "flashinfer", "gate", "fp32"),
+        ("gate", "fp32", "flashinfer"),
+    ],
 )
 def test_sglangs_own_linters_pass_for_one_and_for_several(
     several: tuple[str, ...], checkout: Path
@@ -187,7 +202,7 @@ def test_sglangs_own_linters_pass_for_one_and_for_several(
         assert export(checkout, each) == 0
         commit(checkout)
         files = git(checkout, "diff", "--name-only", "HEAD~", "--", "*.py").split()
-        assert f"python/sglang/{MODEL}" in files
+        assert f"python/sglang/{MAIN[each]}" in files
         lint(checkout, files)
 
 
@@ -229,7 +244,7 @@ def test_an_unpacked_sdist(
         capsys.readouterr()
     assert export(sdist, pr) == 0
     said = capsys.readouterr().out
-    assert "sglang/srt/models/deepseek_v2.py " in said
+    assert f"sglang/{MAIN[pr]} " in said
     assert "python/sglang" not in said
     whole = {**PULL_REQUESTS[pr].edits, **PULL_REQUESTS[pr].new_files()}
     for path in (path for path in whole if path.startswith("python/")):
@@ -268,6 +283,7 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
         Model("a bias", 64, 6144, taken, bias=True),
     )
     monkeypatch.setattr(gate, "MODELS", models)
+    monkeypatch.setattr("sglang.srt.layers.moe_router.models.MODELS", models)
     assert table() == {(64, 1024): (3, 5)}
     assert "  # taken\n" in gate.GATE.new_files()[OP]
 
@@ -322,12 +338,39 @@ def test_the_header_of_fp32_has_both_weights_and_fp32_logits_alone() -> None:
     check_that_all_is_called(text)
 
 
+def test_the_header_of_the_routing_has_one_variant_and_no_plan() -> None:
+    text = routing.ROUTING.new_files()[ROUTE_HEADER]
+    unused = r"cluster|SumOrder|shared_of_sum|kRenormalize|block_shift|sorted_ids|kMax|barrier|----"
+    assert re.findall(unused, text) == []
+    for name in re.findall(r"__forceinline__ \w+(?:<[^>]*>)? (\w+)\(", text):
+        assert len(re.findall(rf"\b{name}(?:<[^>]*>)?\(", text)) > 1, f"nobody calls {name}"
+
+
+def test_the_table_of_routings_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table() -> set[tuple[int, ...]]:
+        text = routing.ROUTING.new_files()[ROUTE_OP]
+        found = re.search(r"ROUTINGS: .* = frozenset\(\s*(\{.*?\n    \})", text, re.DOTALL)
+        assert found is not None
+        evaluated: set[tuple[int, ...]] = eval(found[1])
+        return evaluated
+
+    ungrouped = {(each, 1, 1, 8) for each in (128, 160, 256, 384)}
+    assert table() == {(256, 8, 4, 8)} | ungrouped
+    models = (
+        Model("taken", 64, 1024, {}, Route(4, 2, 6, auto=(90,))),
+        Model("elsewhere", 64, 2048, {}, Route(1, 1, 6, auto=(100,))),
+        Model("no route", 96, 3072, {}),
+    )
+    monkeypatch.setattr(routing, "MODELS", models)
+    assert table() == {(64, 4, 2, 6)}
+
+
 COMPILE = """
 import shutil, subprocess, sys, torch
 from pathlib import Path
 from sglang.kernels.jit.utils import override_jit_cuda_arch
 from sglang.kernels.jit.utils.compile import ninja
-from sglang.kernels.ops.gemm import cluster_router_gemm
+from sglang.kernels.ops.PLACE import NAME
 
 class Compiled(Exception):
     pass
@@ -344,16 +387,43 @@ def compile_only(*, spec, build_dir, build_file):  # no libcudart to link with i
 ninja.build = compile_only
 with override_jit_cuda_arch(9, 0):
     try:
-        cluster_router_gemm._jit_cluster_router_gemm_module(ARGUMENTS)
+        MODULE
     except Compiled:
         print("compiled")
 """
 
 
-def machine_code(binary: Path) -> list[str]:
-    """The kernels of a binary without their names, in an order of their own."""
+def machine_code(binary: Path, name: str = "") -> list[str]:
+    """The kernels of such a name without their names, in an order of their own."""
     sass = subprocess.check_output([CUOBJDUMP, "-sass", binary], text=True)
-    return sorted(each.partition("\n")[2].strip() for each in sass.split("Function : ")[1:])
+    kernels = [each.partition("\n") for each in sass.split("Function : ")[1:]]
+    # How wide a column is depends on the longest line of the binary.
+    return sorted(" ".join(code.split()) for named, _, code in kernels if name in named)
+
+
+def compile_theirs(
+    module: str, exported: Path, folder: Path, run_python: Callable[..., str]
+) -> Path:
+    """The object that SGLang's own `load_jit` makes, with its headers and flags, for SM 90."""
+    theirs, name = folder / "theirs.o", module.partition(".")[0]
+    said = run_python(
+        COMPILE.replace("OUT", repr(str(theirs)))
+        .replace("MODULE", module)
+        .replace("PLACE", "moe" if name == "moe_route_warp" else "gemm")
+        .replace("NAME", name),
+        PYTHONPATH=str(exported / "python"),
+        SGLANG_JIT_CACHE_DIR=str(folder / "cache"),
+    )
+    assert said.splitlines()[-1] == "compiled"
+    return theirs
+
+
+def compile_ours(spec: jit.Spec, folder: Path) -> Path:
+    ours = folder / "ours.cubin"
+    flags = [flag for flag in spec.flags() if flag != "-shared"]
+    include = f"-I{Path(tvm_ffi.__file__).parent / 'include'}"
+    run([jit.find_nvcc(90), *flags, include, "-cubin", spec.source, "-o", ours], folder)
+    return ours
 
 
 @pytest.mark.xdist_group("compiles")
@@ -378,22 +448,36 @@ def test_sglang_compiles_the_same_machine_code(
     copy_sglang(folder / "python")
     for each in ("gate", pr)[pr == "gate" :]:
         assert export(folder, each) == 0
-    theirs, ours = tmp_path / "theirs.o", tmp_path / "ours.cubin"
-    arguments = (*shape, weight)[: 2 if pr == "gate" else 3]
-    said = run_python(
-        COMPILE.replace("OUT", repr(str(theirs))).replace(
-            "ARGUMENTS", ", ".join(map(str, arguments))
-        ),
-        PYTHONPATH=str(folder / "python"),
-        SGLANG_JIT_CACHE_DIR=str(tmp_path / "cache"),
-    )
-    assert said.splitlines()[-1] == "compiled"
+    arguments = ", ".join(map(str, (*shape, weight)[: 2 if pr == "gate" else 3]))
+    module = f"cluster_router_gemm._jit_cluster_router_gemm_module({arguments})"
+    theirs = machine_code(compile_theirs(module, folder, tmp_path, run_python))
     spec = cluster_router_gemm.spec(*shape, 90, weight)
-    flags = [flag for flag in spec.flags() if flag != "-shared"]
-    include = f"-I{Path(tvm_ffi.__file__).parent / 'include'}"
-    run([jit.find_nvcc(90), *flags, include, "-cubin", spec.source, "-o", ours], tmp_path)
-    assert len(machine_code(ours)) == 3
-    assert machine_code(theirs) == machine_code(ours)
+    ours = machine_code(compile_ours(spec, tmp_path))
+    assert len(ours) == 3
+    assert theirs == ours
+
+
+@pytest.mark.xdist_group("compiles")
+def test_sglang_compiles_the_same_machine_code_of_the_routing(
+    exported: Path, tmp_path: Path, run_python: Callable[..., str]
+) -> None:
+    """For DeepSeek-V3's without a shared expert: there nothing is left to a variant."""
+    module = "moe_route_warp._jit_route_warp_module(256, 8, 4, 8, 0)"
+    theirs = machine_code(compile_theirs(module, exported, tmp_path, run_python))
+    spec = cluster_route.spec(Routing(256, 8, 4, 8, 0, renormalize=True), 90)
+    ours = machine_code(compile_ours(spec, tmp_path), name="12route_kernel")
+    assert len(ours) == 1
+    assert theirs == ours
+
+
+@pytest.mark.xdist_group("compiles")
+@pytest.mark.parametrize("of_module", ["384, 1, 1, 8, 0", "160, 1, 1, 8, 1"])
+def test_sglang_compiles_the_routing_of_one_group(
+    of_module: str, exported: Path, tmp_path: Path, run_python: Callable[..., str]
+) -> None:
+    module = f"moe_route_warp._jit_route_warp_module({of_module})"
+    code = machine_code(compile_theirs(module, exported, tmp_path, run_python))
+    assert len(code) == 1
 
 
 SOURCE = """\
@@ -469,18 +553,39 @@ def test_a_rule_of_the_header_that_finds_nothing(rule: Callable[[], str], proble
         rule()
 
 
+@pytest.mark.parametrize(
+    ("pull_request", "kernel", "old", "new", "problem"),
+    [
+        (
+            "gate",
+            "cluster_router_gemm.cuh",
+            "S::kTerms - 1",
+            "S::kTerms - 2",
+            "the header has no 'for (int term",
+        ),
+        ("routing", "cluster_route.cuh", "far ? 4", "far ? 2", "// The sum of the first eight"),
+        ("routing", "cluster_route.cuh", "void push_bit(", "void push(", "has 0 lines"),
+    ],
+)
 def test_a_kernel_that_has_moved_on_is_not_exported(
+    pull_request: str,
+    kernel: str,
+    old: str,
+    new: str,
+    problem: str,
     tmp_path: Path,
     checkout: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     csrc = shutil.copytree(CSRC, tmp_path / "csrc")
-    kernel = csrc / "cluster_router_gemm.cuh"
-    kernel.write_text(kernel.read_text().replace("S::kTerms - 1", "S::kTerms - 2"))
+    source = (csrc / kernel).read_text()
+    assert old in source
+    (csrc / kernel).write_text(source.replace(old, new))
     monkeypatch.setattr(gate, "gate_header", lambda glue, _: gate_header(glue, csrc))
+    monkeypatch.setattr(routing, "routing_header", lambda glue, _: routing_header(glue, csrc))
     before = contents(checkout)
-    assert "the header has no 'for (int term" in refused(capsys, checkout, "--pr", "gate")
+    assert problem in refused(capsys, checkout, "--pr", pull_request)
     assert contents(checkout) == before
 
 
@@ -529,13 +634,17 @@ table: dict[int, int] = {}
             "            # One.\n            x = 1\n            return x\n        else:\n",
         ),
         (
-            lambda m: edits.with_beginning(m, "Gate", "forward", "x = 1\n"),
+            lambda m: edits.with_beginning(m, "forward", "x = 1\n", class_name="Gate"),
             "(self, m):\n        x = 1\n        if m",
         ),
         (lambda m: edits.with_value(m, "table", "{1: 2}"), "table: dict[int, int] = {1: 2}\n"),
         (
             lambda m: edits.with_call_after(m, "table:dict", "z()\n"),
             "table: dict[int, int] = {}\nz()\n",
+        ),
+        (
+            lambda m: edits.with_beginning(m, "forward", "if not m:\n    return 0\n"),
+            "m):\n        if not m:\n            return 0\n        if m <= self.limit:\n",
         ),
     ],
 )
@@ -555,12 +664,22 @@ def test_an_edit(edit: Callable[[cst.Module], cst.Module], gives: str) -> None:
             lambda m: edits.with_statement_replaced(m, "Gate", "return 1", "x\n", times=2),
             "1 times a statement return 1 in Gate, must be 2 times",
         ),
-        (lambda m: edits.with_beginning(m, "Gate", "back", "x\n"), "0 times a method back in Gate"),
+        (
+            lambda m: edits.with_beginning(m, "back", "x\n", class_name="Gate"),
+            "0 times a method back in Gate",
+        ),
         (lambda m: edits.with_value(m, "tables", "{}"), "0 times a constant tables"),
         (lambda m: edits.with_call_after(m, "z()", "z()"), r"0 times a statement z\(\)"),
         (
             lambda m: edits.with_function_after(m, "f", "def g():\n    z()\n"),
             "0 times a function f",
+        ),
+        (lambda m: edits.with_beginning(m, "f", "z()\n"), "0 times a function f"),
+        (
+            lambda m: edits.with_beginning(
+                cst.parse_module('def f():\n    """Doc."""\n'), "f", "z()\n"
+            ),
+            "the function f has a docstring",
         ),
     ],
 )
@@ -710,23 +829,32 @@ def test_a_pull_request_must_be_named(
     assert "--pr" in capsys.readouterr().err
 
 
+OF_GATES = ("gate", "flashinfer")
+OF_ROUTING = ("routing",)
+
+
 @pytest.mark.parametrize(
-    ("file", "old", "new", "problem"),
+    ("prs", "file", "old", "new", "problem"),
     [
-        (MODEL, "class MoEGate", "class Gate", "0 times a class MoEGate, must be once"),
-        (MODEL, "<= self.tiny_router", "< self.tiny_router", "0 times a branch on hidden_states"),
-        (MODEL, "gemm.tiny_gemm import", "gemm.tiny import", "import of sglang.kernels.ops.gemm.t"),
-        (UTILS, "def tiny_router", "def small_router", "0 times a function tiny_router_gemm_max"),
-        (REGISTRY, "gemm.tiny_gemm", "gemm.small", "0 times a statement register_kernel(KernelSp"),
+        (OF_GATES, MODEL, "class MoEGate", "class Gate", "0 times a class MoEGate, must be once"),
+        (OF_GATES, MODEL, "<= self.tiny_router", "< self.tiny_router", "0 times a branch on hid"),
+        (OF_GATES, MODEL, "gemm.tiny_gemm import", "gemm.tiny import", "import of sglang.kernels"),
+        (OF_GATES, UTILS, "def tiny_router", "def small_router", "0 times a function tiny_router"),
+        (OF_GATES, REGISTRY, "gemm.tiny_gemm", "gemm.small", "0 times a statement register_kernel"),
+        (OF_ROUTING, TOPK, "def select_experts", "def select", "0 times a function select_experts"),
+        (OF_ROUTING, TOPK, "_is_cuda = is_", "_is_cuda = _is_", "0 times a statement _is_cuda"),
+        (OF_ROUTING, TOPK, "def _post_process_topk_ids", "def _post", "0 times a function _post_"),
+        (OF_ROUTING, TOPK, ".pynccl_allocator import", ".pynccl import", "import of sglang.srt.d"),
+        (OF_ROUTING, MOE_REGISTRY, "moe.shuffle_weighted", "moe.shuffle", "0 times a statement"),
     ],
 )
 @ALONE
 def test_a_release_that_it_cannot_edit(
+    prs: tuple[str, ...],
     file: str,
     old: str,
     new: str,
     problem: str,
-    pr: str,
     checkout: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -734,10 +862,12 @@ def test_a_release_that_it_cannot_edit(
     edited.write_text(edited.read_text().replace(old, new))
     commit(checkout)
     before = contents(checkout)
-    said = refused(capsys, checkout, "--pr", pr)
-    assert f"is not SGLang {RELEASE}, which the pull request is for: python/sglang/{file}: " in said
-    assert problem in said
-    assert contents(checkout) == before
+    path = f"python/sglang/{file}"
+    for pr in prs:
+        said = refused(capsys, checkout, "--pr", pr)
+        assert f"is not SGLang {RELEASE}, which the pull request is for: {path}: " in said
+        assert problem in said
+        assert contents(checkout) == before
 
 
 @ALONE
@@ -1077,6 +1207,164 @@ def test_a_gate_with_fp32_weights_under_torch_compile(
     assert json.loads(said.splitlines()[-1]) == [4, 128]
 
 
+SELECT = """
+import json
+from types import SimpleNamespace
+from unittest.mock import patch
+import torch
+from sglang.srt.configs.shared_experts import SharedExpertsConfig
+from sglang.srt.layers.moe import topk
+
+PATCHED = hasattr(topk, "moe_route_warp")
+served = []
+deterministic = SimpleNamespace(enable_deterministic_inference=False)
+
+def kernel(logits, bias, *, num_groups, top_groups, top_k, num_shared, scale, shared_weight):
+    served.append([logits.shape[1], num_groups, top_groups, top_k, num_shared])
+    scores = logits.sigmoid()
+    ids = (scores + bias).topk(top_k).indices
+    weights = scores.gather(1, ids)
+    weights = weights / weights.sum(dim=1, keepdim=True) * scale
+    if num_shared:
+        ids = torch.nn.functional.pad(ids, (0, 1), value=logits.shape[1])
+        weights = torch.nn.functional.pad(weights, (0, 1), value=shared_weight)
+    return weights, ids.int()
+
+def numbers(output):
+    return [each.tolist() for each in (output.topk_weights, output.topk_ids)]
+
+def select(num_tokens=8, num_experts=256, groups=(8, 4), top_k=8, shared=0, dtype=torch.float32,
+           bias_dtype=torch.float32, call={}, wide=False, **fields):
+    torch.manual_seed(num_tokens + num_experts)
+    logits = torch.randn(num_tokens, num_experts * (2 if wide else 1))[:, :num_experts].to(dtype)
+    usual = dict(
+        top_k=top_k + shared, use_grouped_topk=True, num_expert_group=groups[0],
+        topk_group=groups[1], shared_experts=SharedExpertsConfig(num_fused_shared_experts=shared),
+        correction_bias=(torch.randn(num_experts) / 10).to(bias_dtype),
+        routed_scaling_factor=2.5, scoring_func="sigmoid",
+    )
+    config = topk.TopKConfig(**usual | fields)
+    return topk.select_experts(torch.zeros(num_tokens, 8), logits, config, layer_id=3, **call)
+
+own = numbers(select())
+if PATCHED:
+    topk._is_sm90 = True
+    topk.moe_route_warp = kernel
+    topk.get_exec = lambda: SimpleNamespace(deterministic=deterministic)
+
+seen = []
+class Recorder:
+    def on_select_experts(self, topk_ids):
+        seen.append(list(topk_ids.shape))
+class Capturer:
+    def capture(self, layer_id, topk_indices):
+        seen.append([layer_id, *topk_indices.shape])
+topk.get_global_expert_distribution_recorder = Recorder
+topk.get_global_experts_capturer = Capturer
+
+raised = []
+def asked(*call):
+    try:
+        return own_takes(*call)
+    except Exception as error:
+        raised.append(repr(error))
+        raise
+
+def takes(**case):
+    served.clear()
+    try:
+        select(**case)
+    except Exception:  # SGLang's own, which is not for a CPU
+        pass
+    return raised or (served[0] if served else None)
+
+answer = {"own": own, "file": topk.__file__}
+if PATCHED:
+    topk._takes_warp_routing, own_takes = asked, topk._takes_warp_routing
+    U = (1, 1)
+    cases = dict(
+        deepseek=dict(), shared=dict(shared=1), kimi=dict(num_experts=384, groups=U),
+        glm5=dict(groups=U), glm45=dict(num_experts=160, groups=U, shared=1),
+        air=dict(num_experts=128, groups=U), most=dict(num_tokens=128),
+        minimax=dict(groups=(None, None), use_grouped_topk=False),
+        padded=dict(call=dict(num_token_non_padded=torch.tensor(5))),
+        more=dict(num_tokens=129), none=dict(num_tokens=0), bf16=dict(dtype=torch.bfloat16),
+        bf16_bias=dict(bias_dtype=torch.bfloat16), wide=dict(wide=True), top_6=dict(top_k=6),
+        groups=dict(groups=(8, 3)), n=dict(num_experts=512), two_shared=dict(shared=2),
+        softmax=dict(groups=(None, None), use_grouped_topk=False, scoring_func="softmax"),
+        no_bias=dict(correction_bias=None), not_normalised=dict(renormalize=False),
+        custom=dict(custom_routing_function=lambda **_: None), native=dict(torch_native=True),
+        dynamic=dict(call=dict(dynamic_expert_bias=torch.zeros(8, 256))),
+        dispatch=dict(call=dict(expert_location_dispatch_info=SimpleNamespace(
+            ep_dispatch_algorithm="static"))),
+        partials=dict(call=dict(router_logits_partials=torch.zeros(1))),
+    )
+    answer["takes"] = {name: takes(**case) for name, case in cases.items()}
+    for name in ("SIMULATE_UNIFORM_EXPERTS", "OPT_USE_JIT_KERNEL_GROUPED_TOPK"):
+        with getattr(topk.envs, "SGLANG_" + name).override(True):
+            answer["takes"][name] = takes()
+    deterministic.enable_deterministic_inference = True
+    answer["takes"]["deterministic"] = takes()
+    deterministic.enable_deterministic_inference = False
+    def no_server():
+        raise ValueError
+    topk.get_exec, before = no_server, topk.get_exec
+    answer["takes"]["no server"] = takes()
+    topk.get_exec = before
+    with patch.object(topk, "has_per_rank_fused_shared_slots", lambda num_shared: num_shared > 0):
+        answer["takes"]["per rank"] = takes(shared=1)
+    topk._is_sm90 = False
+    answer["takes"]["other SM"] = takes()
+    topk._is_sm90 = True
+    seen.clear()
+    weights, ids = numbers(select(shared=1))
+    answer["shared"] = [ids[0][-1], weights[0][-1], sum(weights[0][:-1]), seen[:]]
+    scaled = select(shared=1, apply_routed_scaling_factor_on_output=True)
+    answer["scaled"] = [scaled.topk_weights[0, -1].item(), scaled.topk_weights[0, :-1].sum().item()]
+    factor = select(shared=1, fused_shared_experts_scaling_factor=0.5)
+    answer["factor"] = factor.topk_weights[0, -1].item()
+    seen.clear()
+    padded = select(call=dict(num_token_non_padded=torch.tensor(5)))
+    answer["padded"] = [(padded.topk_ids == -1).all(dim=1).tolist(), seen[:]]
+print(json.dumps(answer))
+"""
+
+
+@pytest.mark.xdist_group("exported")
+def test_the_top_k_takes_the_kernel_where_it_was_measured(
+    exported: Path, run_python: Callable[..., str]
+) -> None:
+    """SGLang's own `select_experts` on this CPU, which is told that it is on a GPU."""
+    said = run_python(SELECT, PYTHONPATH=str(exported / "python"))
+    *_, answer = said.splitlines()
+    found = json.loads(answer)
+    assert found["file"] == str(exported / "python/sglang" / TOPK)
+    *_, answer = run_python(SELECT, PYTHONPATH=str(SGLANG.parent)).splitlines()
+    assert found["own"] == json.loads(answer)["own"]  # not on a GPU: what it gave before
+    deepseek, glm5 = [256, 8, 4, 8, 0], [256, 1, 1, 8, 0]
+    expected = {
+        "deepseek": deepseek,
+        "shared": [256, 8, 4, 8, 1],
+        "kimi": [384, 1, 1, 8, 0],
+        "glm5": glm5,
+        "glm45": [160, 1, 1, 8, 1],
+        "air": [128, 1, 1, 8, 0],
+        "most": deepseek,
+        "minimax": glm5,
+        "padded": deepseek,
+        "no server": deepseek,
+    }
+    assert {name: each for name, each in found["takes"].items() if each} == expected
+    assert len(found["takes"]) == 32
+    shared_id, shared_weight, sum_of_weights, seen = found["shared"]
+    assert (shared_id, seen) == (256, [[3, 8, 9], [8, 8]])  # captured, and the recorder's
+    assert shared_weight == pytest.approx(1 / 2.5)
+    assert sum_of_weights == pytest.approx(1)
+    assert found["scaled"] == pytest.approx([1, 2.5])
+    assert found["factor"] == pytest.approx(0.5 / 2.5)
+    assert found["padded"] == [[False] * 5 + [True] * 3, [[3, 8, 8], [8, 8]]]
+
+
 COMPILED = """
 import torch
 from sglang.kernels.ops.gemm.MODULE import FUNCTION
@@ -1144,6 +1432,46 @@ def test_an_op_under_torch_compile(
     assert said.splitlines()[-1] == "right"
 
 
+COMPILED_ROUTING = """
+import torch
+from sglang.kernels.ops.moe.moe_route_warp import moe_route_warp
+
+def kernel(logits, bias, weights, ids, num_groups, top_groups, num_shared, scale, shared_weight):
+    top = (logits + bias).topk(ids.shape[1] - num_shared)
+    weights[:, :-1], weights[:, -1] = top.values * scale, shared_weight
+    ids[:, :-1], ids[:, -1] = top.indices, logits.shape[1]
+
+torch.library.register_kernel("sglang::moe_route_warp_out", "cpu", kernel)
+bias = torch.randn(64)
+
+def routed(logits):
+    weights, ids = moe_route_warp(
+        logits, bias, num_groups=1, top_groups=1, top_k=4, num_shared=1, scale=2.0
+    )
+    return weights * 2, ids + 1
+
+compiled = torch.compile(routed, fullgraph=True, dynamic=True)
+for num_tokens in (2, 5, 16):
+    logits = torch.randn(num_tokens, 64)
+    weights, ids = compiled(logits)
+    top = (logits + bias).topk(4)
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert torch.equal(weights[:, :4], 4 * top.values) and (weights[:, 4] == 2).all()
+    assert torch.equal(ids[:, :4], top.indices.int() + 1) and (ids[:, 4] == 65).all()
+print("right")
+"""
+
+
+@pytest.mark.xdist_group("exported")
+def test_the_routing_under_torch_compile(exported: Path, run_python: Callable[..., str]) -> None:
+    said = run_python(
+        COMPILED_ROUTING,
+        PYTHONPATH=str(exported / "python"),
+        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+    )
+    assert said.splitlines()[-1] == "right"
+
+
 REGISTERED = """
 import sys
 from sglang.kernels import KernelBackend, registry
@@ -1153,6 +1481,7 @@ from sglang.test.ci.ci_register import ut_parse_one_file
 for op, backend in (
     ("gemm.cluster_router_gemm", KernelBackend.JIT),
     ("gemm.flashinfer_dsv3_router_gemm", KernelBackend.FLASHINFER),
+    ("moe.moe_route_warp", KernelBackend.JIT),
 ):
     assert callable(registry.get_backend(op, backend).load())
 for file in FILES:
@@ -1169,21 +1498,31 @@ def test_sglang_finds_the_kernels_and_the_tests(
         f"{exported}/{TESTS}/test_cluster_router_gemm.py",
         f"{exported}/test/registered/kernels/benchmark/gemm/bench_cluster_router_gemm.py",
         f"{exported}/{TESTS}/test_flashinfer_dsv3_router_gemm.py",
+        f"{exported}/{MOE_TESTS}/test_moe_route_warp.py",
+        f"{exported}/test/registered/kernels/benchmark/moe/bench_moe_route_warp.py",
     ]
     said = run_python(REGISTERED.replace("FILES", repr(files)), PYTHONPATH=str(exported / "python"))
-    assert said.splitlines()[-3:] == [
+    assert said.splitlines()[-5:] == [
         "base-b-kernel-unit-test-1-gpu-large",
         "base-b-kernel-benchmark-test-1-gpu-large",
         "base-b-kernel-unit-test-4-gpu-b200",
+        "base-b-kernel-unit-test-1-gpu-large",
+        "base-b-kernel-benchmark-test-1-gpu-large",
     ]
 
 
 @pytest.mark.xdist_group("exported")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what the tests do without a GPU")
-def test_the_registered_tests_without_a_gpu(exported: Path, run_python: Callable[..., str]) -> None:
-    code = f"import pytest; pytest.main(['-q', '-p', 'no:cacheprovider', '{exported}/{TESTS}'])"
+@pytest.mark.parametrize(
+    ("tests", "outcome"),
+    [(TESTS, r"^1 passed, \d{2,} skipped"), (MOE_TESTS, r"^\d{2,} skipped")],
+)
+def test_the_registered_tests_without_a_gpu(
+    tests: str, outcome: str, exported: Path, run_python: Callable[..., str]
+) -> None:
+    code = f"import pytest; pytest.main(['-q', '-p', 'no:cacheprovider', '{exported}/{tests}'])"
     said = run_python(code, PYTHONPATH=str(exported / "python"))
-    assert re.search(r"^1 passed, \d{2,} skipped", said, re.MULTILINE), said
+    assert re.search(outcome, said, re.MULTILINE), said
 
 
 # The texts of the pull requests ------------------------------------------------------------

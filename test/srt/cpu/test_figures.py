@@ -22,7 +22,9 @@ from sglang.srt.layers.moe_router.environ import CHOICES  # noqa: E402
 from sglang.srt.layers.moe_router.models import MODELS, Auto, Model  # noqa: E402
 
 README, SPEED = ROOT / "README.md", ROOT / "docs/speed.md"
-PR, OTHER_PR = (ROOT / f"docs/upstream/{name}.md" for name in ("gate", "flashinfer"))
+PR, OTHER_PR, ROUTING_PR = (
+    ROOT / f"docs/upstream/{name}.md" for name in ("gate", "flashinfer", "routing")
+)
 BENCHMARKS = ROOT / "benchmark/kernels/deepseek/results"
 
 
@@ -55,6 +57,7 @@ def test_every_table_of_the_code_is_on_a_page() -> None:
     [
         (SPEED, "| ours: cluster | 1.", "| ours: cluster | 2."),
         (PR, "Measured on: ", "Measured on: NVIDIA B200, "),
+        (ROUTING_PR, "Timed on: NVIDIA H200", "Timed on: NVIDIA H100"),
     ],
 )
 def test_a_wrong_figure_is_stale_and_mended(
@@ -120,11 +123,39 @@ def test_fp32_weights_are_compared_with_what_the_server_runs(tmp_path: Path) -> 
     assert ("LongCat-Flash", "64") not in rows
 
 
+def test_a_result_of_the_routing_changes_its_text(tmp_path: Path) -> None:
+    benchmarks = tmp_path / "benchmarks"
+    (benchmarks / "route").mkdir(parents=True)
+    run = json.loads((BENCHMARKS / "route/route_h200.json").read_text()) | {"gpu": "NVIDIA H100"}
+    numbers = {"SGLang": 9.0, "FlashInfer fused_topk_deepseek": 3.0, "ours: route": 0.5}
+    for each in run["us"]:
+        each["median_us"] = numbers.get(each["provider"], 7.0)
+    (benchmarks / "route" / "route_h100.json").write_text(json.dumps(run))
+    blocks = ("pr_routing_speed", "pr_routing_not_measured")
+    text = _filled(tmp_path / "text.md", *blocks, arguments=("--benchmarks", benchmarks))
+    rows = [["NVIDIA H100", "DeepSeek-V3", str(2**i), "9.00", "3.00", "0.50"] for i in range(8)]
+    assert _rows(text)[2:] == rows
+    assert "- Timed on: NVIDIA H100. " in text
+    assert "the routing of Kimi-K2, GLM-5, MiniMax-M2, GLM-4.5, GLM-4.5-Air." in text
+
+
+def test_the_ranks_of_the_routing_are_those_of_their_reports(tmp_path: Path) -> None:
+    rows = _rows(_filled(tmp_path / "text.md", "pr_routing_ranks"))[2:]
+    models = ["DeepSeek-V3"] * 5 + ["GLM-4.5"] * 5 + ["MiniMax-M2"] * 5
+    assert [row[:2] for row in rows] == [
+        [model, batch]
+        for model, batch in zip(models, ["1", "8", "16", "32", "64"] * 3, strict=True)
+    ]
+    assert rows[0] == ["DeepSeek-V3", "1", "9674", "9045", "6.5 %", "16.1", "5.6"]
+
+
 def test_no_results(tmp_path: Path) -> None:
     nothing = ("--benchmarks", tmp_path)
-    blocks = ("speed", "headline", "benchmark", "pr_gate_speed", "pr_flashinfer_accuracy")
+    of_prs = ("pr_gate_speed", "pr_flashinfer_accuracy", "pr_routing_speed")
+    blocks = ("speed", "headline", "benchmark", *of_prs, "pr_routing_not_measured")
     text = _filled(tmp_path / "text.md", *blocks, arguments=nothing)
-    assert text.count("No results of the benchmark") == 4
+    assert text.count("No results of the benchmark") == 5
+    assert "- Timed on: no GPU. " in text
 
 
 def _rows(text: str) -> list[list[str]]:
