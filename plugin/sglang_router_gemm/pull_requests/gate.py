@@ -6,7 +6,7 @@ import libcst as cst
 import torch
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
-from sglang.srt.layers.moe_router.models import MODELS, find_model
+from sglang.srt.layers.moe_router.models import MODELS
 from sglang_router_gemm.contract import GATE_CLASS, GATE_OP
 from sglang_router_gemm.pull_requests.edits import (
     code_of,
@@ -76,14 +76,13 @@ register_kernel(
 
 def taken(weight: torch.dtype = torch.bfloat16) -> dict[tuple[int, int], tuple[str, range]]:
     """The gates that are served with such a weight: N and K, and whose it is and for which M."""
-    return {
-        (model.num_experts, model.hidden_size): (model.name, model.auto[SM].num_tokens)
-        for model in MODELS
-        # Not another of its shape.
-        if model is find_model(model.num_experts, model.hidden_size, weight)
-        and SM in model.auto
-        and model.auto[SM].backend == "cluster"
-    }
+    rows: dict[tuple[int, int], tuple[str, range]] = {}
+    for model in MODELS:
+        shape, auto = (model.num_experts, model.hidden_size), model.auto.get(SM)
+        same = model.gate == (*shape, weight, torch.float32, False)
+        if same and auto is not None and auto.backend == "cluster":
+            rows.setdefault(shape, (model.name, auto.num_tokens))  # the first of its shape
+    return rows
 
 
 def edit_model(text: str) -> str:
