@@ -1240,9 +1240,11 @@ def numbers(output):
     return [each.tolist() for each in (output.topk_weights, output.topk_ids)]
 
 def select(num_tokens=8, num_experts=256, groups=(8, 4), top_k=8, shared=0, dtype=torch.float32,
-           bias_dtype=torch.float32, call={}, wide=False, **fields):
+           bias_dtype=torch.float32, call={}, wide=False, offset=0, **fields):
     torch.manual_seed(num_tokens + num_experts)
     logits = torch.randn(num_tokens, num_experts * (2 if wide else 1))[:, :num_experts].to(dtype)
+    if offset:
+        logits = torch.cat([torch.zeros(offset), logits.flatten()])[offset:].view_as(logits)
     usual = dict(
         top_k=top_k + shared, use_grouped_topk=True, num_expert_group=groups[0],
         topk_group=groups[1], shared_experts=SharedExpertsConfig(num_fused_shared_experts=shared),
@@ -1296,6 +1298,7 @@ if PATCHED:
         padded=dict(call=dict(num_token_non_padded=torch.tensor(5))),
         more=dict(num_tokens=129), none=dict(num_tokens=0), bf16=dict(dtype=torch.bfloat16),
         bf16_bias=dict(bias_dtype=torch.bfloat16), wide=dict(wide=True), top_6=dict(top_k=6),
+        offset=dict(offset=1), short_bias=dict(correction_bias=torch.zeros(128)),
         groups=dict(groups=(8, 3)), n=dict(num_experts=512), two_shared=dict(shared=2),
         softmax=dict(groups=(None, None), use_grouped_topk=False, scoring_func="softmax"),
         no_bias=dict(correction_bias=None), not_normalised=dict(renormalize=False),
@@ -1361,7 +1364,7 @@ def test_the_top_k_takes_the_kernel_where_it_was_measured(
         "no server": deepseek,
     }
     assert {name: each for name, each in found["takes"].items() if each} == expected
-    assert len(found["takes"]) == 32
+    assert len(found["takes"]) == 34
     shared_id, shared_weight, sum_of_weights, seen = found["shared"]
     assert (shared_id, seen) == (256, [[3, 8, 9], [8, 8]])  # captured, and the recorder's
     assert shared_weight == pytest.approx(1 / 2.5)
