@@ -854,7 +854,6 @@ OF_ROUTING = ("routing",)
         (OF_ROUTING, MOE_REGISTRY, "moe.shuffle_weighted", "moe.shuffle", "0 times a statement"),
     ],
 )
-@ALONE
 def test_a_release_that_it_cannot_edit(
     prs: tuple[str, ...],
     file: str,
