@@ -209,7 +209,7 @@ TESTS = (
         """\
 def operands(
     num_tokens: int, num_experts: int = 256, hidden_size: int = 7168, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Operands:
     generator = torch.Generator("cuda").manual_seed(seed)
     hidden_states, weight = (
         torch.randn(rows, hidden_size, device="cuda", generator=generator).bfloat16()
@@ -224,7 +224,7 @@ def operands(
     hidden_size: int = 7168,
     weight_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Operands:
     generator = torch.Generator("cuda").manual_seed(seed)
     hidden_states, weight = (
         torch.randn(rows, hidden_size, device="cuda", generator=generator)
@@ -236,21 +236,21 @@ def operands(
     (
         """\
 @pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
-def test_like_fp64_and_batch_invariant(num_experts: int, hidden_size: int):
+def test_like_fp64_and_batch_invariant(num_experts: int, hidden_size: int) -> None:
     hidden_states, weight = operands(128, num_experts, hidden_size)
 """,
         """\
 @pytest.mark.parametrize("num_experts,hidden_size,weight_dtype", GATES)
 def test_like_fp64_and_batch_invariant(
     num_experts: int, hidden_size: int, weight_dtype: torch.dtype
-):
+) -> None:
     hidden_states, weight = operands(128, num_experts, hidden_size, weight_dtype)
 """,
     ),
     (
         """\
 @pytest.mark.parametrize("num_experts,hidden_size", [(16, 64), (48, 192), (288, 1088)])
-def test_shapes_with_few_or_uneven_chunks(num_experts: int, hidden_size: int):
+def test_shapes_with_few_or_uneven_chunks(num_experts: int, hidden_size: int) -> None:
     for num_tokens in EDGES:
         hidden_states, weight = operands(num_tokens, num_experts, hidden_size)
 """,
@@ -259,7 +259,7 @@ def test_shapes_with_few_or_uneven_chunks(num_experts: int, hidden_size: int):
 @pytest.mark.parametrize("num_experts,hidden_size", [(16, 64), (48, 192), (288, 1088)])
 def test_shapes_with_few_or_uneven_chunks(
     num_experts: int, hidden_size: int, weight_dtype: torch.dtype
-):
+) -> None:
     for num_tokens in EDGES:
         hidden_states, weight = operands(
             num_tokens, num_experts, hidden_size, weight_dtype
@@ -269,12 +269,12 @@ def test_shapes_with_few_or_uneven_chunks(
     (
         """\
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(special: float):
+def test_what_is_not_finite_stays_in_its_row(special: float) -> None:
     hidden_states, weight = operands(16)
 """,
         """\
 @pytest.mark.parametrize("num_tokens", EDGES)
-def test_all_bits_of_an_fp32_weight_count(num_tokens: int):
+def test_all_bits_of_an_fp32_weight_count(num_tokens: int) -> None:
     \"\"\"A one among zeros picks a weight, which is a logit as it is.\"\"\"
     weight = operands(0, 160, 5120, torch.float32)[1]
     column = torch.arange(num_tokens, device="cuda") * 39 + 1
@@ -284,7 +284,7 @@ def test_all_bits_of_an_fp32_weight_count(num_tokens: int):
     assert torch.equal(logits, weight[:, column].t())
 
 
-def test_an_infinite_fp32_weight_is_an_infinite_logit():
+def test_an_infinite_fp32_weight_is_an_infinite_logit() -> None:
     hidden_states, weight = operands(8, 160, 5120, torch.float32)
     clean = cluster_router_gemm(hidden_states, weight)
     weight[3, 100] = float("inf")
@@ -297,7 +297,9 @@ def test_an_infinite_fp32_weight_is_an_infinite_logit():
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_what_is_not_finite_stays_in_its_row(special: float, weight_dtype: torch.dtype):
+def test_what_is_not_finite_stays_in_its_row(
+    special: float, weight_dtype: torch.dtype
+) -> None:
     hidden_states, weight = operands(16, weight_dtype=weight_dtype)
 """,
     ),
@@ -305,7 +307,7 @@ def test_what_is_not_finite_stays_in_its_row(special: float, weight_dtype: torch
     ('"fp32 weight", "K",', '"fp16 weight", "K",'),
     (
         """\
-def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand():
+def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand() -> None:
     \"\"\"Each link waits for the one before it, also where PDL lets it start early.\"\"\"
     sources = [operands(16, seed=seed)[0] for seed in range(8)]
     weight = operands(0)[1]
@@ -314,7 +316,7 @@ def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand():
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand(
     weight_dtype: torch.dtype,
-):
+) -> None:
     \"\"\"Each link waits for the one before it, also where PDL lets it start early.\"\"\"
     sources = [operands(16, seed=seed)[0] for seed in range(8)]
     weight = operands(0, weight_dtype=weight_dtype)[1]
@@ -323,13 +325,13 @@ def test_in_a_cuda_graph_behind_the_kernel_that_writes_its_operand(
     (
         """\
 @torch.no_grad()
-def test_under_torch_compile():
+def test_under_torch_compile() -> None:
     weight = operands(0)[1]
 """,
         """\
 @torch.no_grad()
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_under_torch_compile(weight_dtype: torch.dtype):
+def test_under_torch_compile(weight_dtype: torch.dtype) -> None:
     weight = operands(0, weight_dtype=weight_dtype)[1]
 """,
     ),
@@ -338,7 +340,7 @@ def test_under_torch_compile(weight_dtype: torch.dtype):
     @pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
     def test_it_takes_it_where_it_was_measured(
         self, num_experts: int, hidden_size: int
-    ):
+    ) -> None:
         gate = self.gate(num_experts, hidden_size)
         fewest, most = NUM_TOKENS[num_experts, hidden_size]
 """,
@@ -349,7 +351,7 @@ def test_under_torch_compile(weight_dtype: torch.dtype):
     )
     def test_it_takes_it_where_it_was_measured(
         self, num_experts: int, hidden_size: int
-    ):
+    ) -> None:
         gate = self.gate(num_experts, hidden_size)
         fewest, most = NUM_TOKENS[num_experts, hidden_size, torch.bfloat16]
 """,
@@ -457,7 +459,7 @@ class TestFp32Gates:
         return called.called
 
     @pytest.mark.parametrize("build", BUILD)
-    def test_they_leave_it_what_was_measured(self, build):
+    def test_they_leave_it_what_was_measured(self, build) -> None:
         gate, weight = self.build(build)
         fewest, most = NUM_TOKENS[(*weight.shape, torch.float32)]
         for num_tokens in (fewest, most, most + 1):
@@ -466,7 +468,7 @@ class TestFp32Gates:
             assert taken == (num_tokens <= most), num_tokens
 
     @pytest.mark.parametrize("build", BUILD)
-    def test_they_keep_the_rest(self, build):
+    def test_they_keep_the_rest(self, build) -> None:
         gate, weight = self.build(build)
         num_experts, hidden_size = weight.shape
         hidden_states = operands(8, num_experts, hidden_size)[0]
@@ -479,7 +481,7 @@ class TestFp32Gates:
     @pytest.mark.parametrize(
         "build,layer", [(longcat, "classifier"), (minimax, "gate")]
     )
-    def test_a_gate_that_lora_wraps_computes_itself(self, build, layer: str):
+    def test_a_gate_that_lora_wraps_computes_itself(self, build, layer: str) -> None:
         gate, weight = self.build(build)
         setattr(gate, layer, LoRALayer(getattr(gate, layer)))
         hidden_states = operands(8, *weight.shape)[0]
