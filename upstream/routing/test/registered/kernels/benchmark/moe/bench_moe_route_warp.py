@@ -1,5 +1,7 @@
 """The top-k by a warp a token against the whole select_experts without it, in CUDA graphs."""
 
+from typing import Any
+
 import torch
 
 from sglang.kernels.jit.benchmark import marker
@@ -37,9 +39,7 @@ def benchmark(
         scoring_func="sigmoid",
     )
 
-    def select(
-        hidden_states: torch.Tensor, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def select(hidden_states: torch.Tensor, logits: torch.Tensor) -> Any:
         return topk.select_experts(hidden_states, logits, config)[:2]
 
     own = topk._is_sm90

@@ -22,7 +22,6 @@ from sglang.test.ci.ci_register import register_cuda_ci
 register_cuda_ci(est_time=180, stage="base-b-kernel-unit", runner_config="1-gpu-large")
 
 Routing = tuple[int, int, int, int]
-Selected = tuple[torch.Tensor, torch.Tensor, bool]
 DEEPSEEK: Routing = (256, 8, 4, 8)
 # Triton's sum of the scores has the kernel's order from 3.8 on.
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -45,9 +44,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, device="cuda", generator=generator)
 
 
-def config(
-    routing: Routing = DEEPSEEK, num_shared: int = 0, **fields: Any
-) -> topk.TopKConfig:
+def config(routing: Routing = DEEPSEEK, num_shared: int = 0, **fields: Any) -> Any:
     num_experts, num_groups, top_groups, top_k = routing
     usual: dict[str, Any] = dict(
         top_k=top_k + num_shared,
@@ -62,7 +59,7 @@ def config(
     return topk.TopKConfig(**usual | fields)
 
 
-def select(logits: torch.Tensor, asked: topk.TopKConfig, **arguments: Any) -> Selected:
+def select(logits: torch.Tensor, asked: Any, **arguments: Any) -> Any:
     """Weights and ids, and whether this kernel gave them."""
     tokens = torch.zeros(len(logits), 8, dtype=torch.bfloat16, device="cuda")
     with patch.object(topk, "moe_route_warp", wraps=moe_route_warp) as called:
@@ -70,14 +67,12 @@ def select(logits: torch.Tensor, asked: topk.TopKConfig, **arguments: Any) -> Se
     return output.topk_weights, output.topk_ids, called.call_count == 1
 
 
-def select_without(
-    logits: torch.Tensor, asked: topk.TopKConfig, **arguments: Any
-) -> Selected:
+def select_without(logits: torch.Tensor, asked: Any, **arguments: Any) -> Any:
     with patch.object(topk, "_takes_warp_routing", return_value=False):
         return select(logits, asked, **arguments)
 
 
-def assert_same(found: Selected, expected: Selected, exact: bool) -> None:
+def assert_same(found: Any, expected: Any, exact: bool) -> None:
     assert found[2] and not expected[2]
     assert found[1].dtype == torch.int32 and torch.equal(found[1], expected[1])
     bits = [each[0].contiguous().view(torch.int32) for each in (found, expected)]
