@@ -16,7 +16,7 @@ run: $(READY)  ## what runs here, whether its numbers are right, and on a GPU ho
 	$(VENV)/bin/python benchmark/kernels/deepseek/benchmark_deepgemm_dsv3_router_gemm_blackwell.py --quick
 
 test:  ## lint, types, and every test that this machine can run
-	@echo "Lint, types and tests: about 10 minutes on 2 idle cores."
+	@echo "Lint, types and tests: about 15 minutes on 2 idle cores."
 	@$(MAKE) --no-print-directory lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
