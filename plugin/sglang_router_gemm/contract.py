@@ -99,6 +99,7 @@ _TOPK_CONFIG = {
     "fused_shared_experts_scaling_factor",
     "apply_routed_scaling_factor_on_output",
     "scoring_func",
+    "torch_native",
     "allow_routed_experts_capture",
 }
 

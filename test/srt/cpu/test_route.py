@@ -184,6 +184,9 @@ def test_a_top_k_by_sigmoid_need_not_be_of_groups() -> None:
     assert asked.is_biased
     assert asked.routing(256) == Routing(256, 1, 1, 8, 0, True)
     assert not ask(replace(CONFIG, scoring_func="softmax", **fields)).is_biased
+    native = replace(CONFIG, scoring_func="sigmoid", torch_native=True, **fields)
+    assert not ask(native).is_biased  # a sum of another order
+    assert ask(replace(native, use_grouped_topk=True)).is_biased
 
 
 def test_a_factor_of_1_on_the_shared_experts_weight_is_none() -> None:

@@ -99,6 +99,8 @@ def ask(config: Any) -> Asked:
     """Reads SGLang's `TopKConfig`. Called for each call: a model sets some fields late."""
     num_shared = getattr(config, "num_shared_topk_slots", None)  # SGLang < 0.5.23 has the other
     grouped = bool(config.use_grouped_topk)
+    # Without groups SGLang has another arithmetic for PyTorch's own experts.
+    by_sigmoid = config.scoring_func == "sigmoid" and not config.torch_native
     return Asked(
         config.top_k,
         config.num_fused_shared_experts if num_shared is None else num_shared,
@@ -108,7 +110,7 @@ def ask(config: Any) -> Asked:
         config.routed_scaling_factor,
         bool(config.apply_routed_scaling_factor_on_output),
         config.scoring_func,
-        config.correction_bias is not None and (grouped or config.scoring_func == "sigmoid"),
+        config.correction_bias is not None and (grouped or by_sigmoid),
         tuple(getattr(config, name) for name in _unknown_fields(config.__class__)),
         config.fused_shared_experts_scaling_factor not in (None, 1),
     )
@@ -116,7 +118,6 @@ def ask(config: Any) -> Asked:
 
 # Where ids and weights go, and who looks on: without a say in them.
 _WITHOUT_A_SAY = {
-    "torch_native",
     "output_format",
     "runner_backend",
     "routing_method_type",
@@ -136,6 +137,7 @@ _READ = {
     "scoring_func",
     "use_grouped_topk",
     "correction_bias",
+    "torch_native",
 }
 
 
