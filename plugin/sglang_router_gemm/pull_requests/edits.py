@@ -178,6 +178,18 @@ def with_call_after(module: cst.Module, beginning: str, code: str) -> cst.Module
     )
 
 
+def with_kernel_registered(text: str, op: str, behind: str, spec: str) -> str:
+    """An inventory of kernels with the spec of `op` behind that of another, or as it is with it.
+
+    Raises:
+        RuleError: it does not have the other.
+    """
+    if op in text:
+        return text
+    after = f'register_kernel(KernelSpec(op="{behind}",'
+    return with_call_after(cst.parse_module(text), after, spec).code
+
+
 def with_value(module: cst.Module, target: str, expression: str) -> cst.Module:
     """The module with another value for the constant `target`, which has a type.
 

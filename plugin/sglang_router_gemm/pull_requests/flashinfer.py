@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import libcst as cst
 
-from sglang_router_gemm.contract import GATE_CLASS
 from sglang_router_gemm.pull_requests.edits import (
     code_of,
-    with_branch_before,
-    with_call_after,
     with_function_after,
-    with_import_before,
+    with_kernel_registered,
     with_name_imported,
-    with_statement_after,
 )
+from sglang_router_gemm.pull_requests.moe_gate import with_kernel
 from sglang_router_gemm.pull_requests.pull_request import PullRequest
 
 _OP = "flashinfer_dsv3_router_gemm"
@@ -67,18 +64,7 @@ register_kernel(
 
 def edit_model(text: str) -> str:
     """SGLang's `deepseek_v2.py`, whose gate asks first whether FlashInfer's kernel serves M."""
-    if _OP in text:
-        return text
-    module = cst.parse_module(text)
-    module = with_name_imported(module, "sglang.srt.models.deepseek_common.utils", f"use_{_OP}")
-    module = with_import_before(
-        module,
-        "sglang.kernels.ops.gemm.tiny_gemm",
-        f"from sglang.kernels.ops.gemm.{_OP} import {_OP}\n",
-    )
-    module = with_statement_after(module, GATE_CLASS, "self.tiny_router_gemm_max_tokens", _FLAG)
-    test = "hidden_states.shape[0] <= self.tiny_router_gemm_max_tokens"
-    return code_of(with_branch_before(module, GATE_CLASS, test, _BRANCH))
+    return with_kernel(text, _OP, f"use_{_OP}", _FLAG, _BRANCH)
 
 
 def edit_utils(text: str) -> str:
@@ -92,10 +78,7 @@ def edit_utils(text: str) -> str:
 
 def edit_registry(text: str) -> str:
     """The inventory of GEMMs with this one, behind `tiny_gemm`."""
-    if _OP in text:
-        return text
-    after = 'register_kernel(KernelSpec(op="gemm.tiny_gemm",'
-    return with_call_after(cst.parse_module(text), after, _SPEC).code
+    return with_kernel_registered(text, _OP, "gemm.tiny_gemm", _SPEC)
 
 
 _BENCHMARK = "benchmark_deepgemm_dsv3_router_gemm_blackwell.py"

@@ -7,18 +7,13 @@ import torch
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 from sglang.srt.layers.moe_router.models import MODELS
-from sglang_router_gemm.contract import GATE_CLASS, GATE_OP
 from sglang_router_gemm.pull_requests.edits import (
-    code_of,
-    with_branch_before,
-    with_call_after,
     with_function_after,
-    with_import_before,
-    with_name_imported,
-    with_statement_after,
+    with_kernel_registered,
     with_value,
 )
 from sglang_router_gemm.pull_requests.gate_header import gate_header
+from sglang_router_gemm.pull_requests.moe_gate import with_kernel
 from sglang_router_gemm.pull_requests.pull_request import PullRequest
 
 SM = 90
@@ -87,20 +82,7 @@ def taken(weight: torch.dtype = torch.bfloat16) -> dict[tuple[int, int], tuple[s
 
 def edit_model(text: str) -> str:
     """SGLang's `deepseek_v2.py`, whose gate asks first whether the kernel was measured for M."""
-    if _OP in text:
-        return text
-    module = cst.parse_module(text)
-    module = with_name_imported(
-        module, "sglang.srt.models.deepseek_common.utils", "cluster_router_gemm_tokens"
-    )
-    module = with_import_before(
-        module,
-        "sglang.kernels.ops.gemm.tiny_gemm",
-        f"from {GATE_OP} import {_OP}\n",
-    )
-    module = with_statement_after(module, GATE_CLASS, "self.tiny_router_gemm_max_tokens", _TOKENS)
-    test = "hidden_states.shape[0] <= self.tiny_router_gemm_max_tokens"
-    return code_of(with_branch_before(module, GATE_CLASS, test, _BRANCH))
+    return with_kernel(text, _OP, "cluster_router_gemm_tokens", _TOKENS, _BRANCH)
 
 
 def edit_utils(text: str) -> str:
@@ -113,10 +95,7 @@ def edit_utils(text: str) -> str:
 
 def edit_registry(text: str) -> str:
     """The inventory of GEMMs with this one, behind `tiny_gemm`."""
-    if _OP in text:
-        return text
-    after = 'register_kernel(KernelSpec(op="gemm.tiny_gemm",'
-    return with_call_after(cst.parse_module(text), after, _SPEC).code
+    return with_kernel_registered(text, _OP, "gemm.tiny_gemm", _SPEC)
 
 
 def complete_op(text: str) -> str:

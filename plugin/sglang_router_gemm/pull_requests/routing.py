@@ -12,6 +12,7 @@ from sglang_router_gemm.pull_requests.edits import (
     with_call_after,
     with_function_after,
     with_import_before,
+    with_kernel_registered,
     with_name_imported,
     with_value,
 )
@@ -155,10 +156,7 @@ def edit_topk(text: str) -> str:
 
 def edit_registry(text: str) -> str:
     """The inventory of MoE kernels with this one, behind `shuffle_weighted_sum`."""
-    if _OP in text:
-        return text
-    after = 'register_kernel(KernelSpec(op="moe.shuffle_weighted_sum",'
-    return with_call_after(cst.parse_module(text), after, _SPEC).code
+    return with_kernel_registered(text, _OP, "moe.shuffle_weighted_sum", _SPEC)
 
 
 def complete_op(text: str) -> str:

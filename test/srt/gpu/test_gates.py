@@ -43,14 +43,19 @@ def test_the_gate_of_glm(precision: str, run_python: Callable[..., str]) -> None
     assert "RIGHT" in said.splitlines(), said
 
 
-METHOD = """
+HOOKED_GATE = """
 import torch
 import sglang_router_gemm
 from sglang_router_gemm import hooks
 hooks.register()
 import blocks
 from sglang.srt.layers.moe_router.models import GATES
-gate = next(each for each in GATES if each.module == "{module}")
+from sglang.srt.models.deepseek_v2_gate import router_logits
+gate = next(each for each in GATES if each.module == "{module}")"""
+
+METHOD = (
+    HOOKED_GATE
+    + """
 with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
     block, linear = blocks.build(gate, {num_experts}, {hidden_size})
     method = getattr(type(block), gate.method)
@@ -65,6 +70,7 @@ with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
     assert linear.router_plan.decision.backend is not None, linear.router_plan.decision.reason
 print("RIGHT")
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +85,9 @@ def test_the_gates_whose_block_multiplies(
     assert "RIGHT" in said.splitlines(), said
 
 
-WIDE = """
-import torch
-import sglang_router_gemm
-from sglang_router_gemm import hooks
-hooks.register()
-import blocks
-from sglang.srt.layers.moe_router.models import GATES
-gate = next(each for each in GATES if each.module == "{module}")
+WIDE = (
+    HOOKED_GATE
+    + """
 torch.manual_seed(0)
 with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
     block, linear = blocks.build(gate, {num_experts}, {hidden_size})
@@ -112,6 +113,7 @@ with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
         assert float((ids == wide).float().mean()) > 0.8
     print("BY", linear.router_plan.decision.backend.name)
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +133,9 @@ def test_fp32_logits_that_sglangs_top_k_takes(
     assert f"BY {backend}" in said.splitlines(), said
 
 
-LINEAR = """
-import torch
-import sglang_router_gemm
-from sglang_router_gemm import hooks
-hooks.register()
-import blocks
-from sglang.srt.layers.moe_router.models import GATES
-from sglang.srt.models.deepseek_v2_gate import router_logits
-gate = next(each for each in GATES if each.module == "{module}")
+LINEAR = (
+    HOOKED_GATE
+    + """
 torch.manual_seed(0)
 with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
     block, linear = blocks.build(gate, {num_experts}, {hidden_size})
@@ -174,6 +170,7 @@ with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
         torch.testing.assert_close(found, logits, rtol=2e-2, atol=0.5)
 print("RIGHT")
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -197,15 +194,9 @@ def test_the_gates_that_are_linear_layers(
     assert "RIGHT" in said.splitlines(), said
 
 
-MULTIPLIES = """
-import torch
-import sglang_router_gemm
-from sglang_router_gemm import hooks
-hooks.register()
-import blocks
-from sglang.srt.layers.moe_router.models import GATES
-from sglang.srt.models.deepseek_v2_gate import router_logits
-gate = next(each for each in GATES if each.module == "{module}")
+MULTIPLIES = (
+    HOOKED_GATE
+    + """
 torch.manual_seed(0)
 with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
     options = {{gate.fp32_if: True}}
@@ -235,6 +226,7 @@ with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
         torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-2)
 print("RIGHT")
 """
+)
 
 
 @pytest.mark.parametrize(("module", "num_experts", "hidden_size"), [("step3p5", 288, 4096)])
