@@ -2,13 +2,15 @@
 
     python3 benchmark/server/run_dsv3_rank.py --output-dir results
     python3 benchmark/server/run_dsv3_rank.py --model GLM-4.5 --output-dir results
+    python3 benchmark/server/run_dsv3_rank.py --checkout DIR --pull-requests gate routing
     python3 benchmark/server/run_dsv3_rank.py --from-json FILE --output-dir results
 
 Needs one Hopper GPU with 100 GB, SGLang and this package, no model files. The server has all
 layers of one rank at TP 8, by default DeepSeek-V3's, with FP8 dummy weights of DeepSeek-V3's
 block quantisation; what is missing is the all-reduce. It runs once with each backend, one after
-the other, and each batch size is profiled over some hundred decode steps. Kernels are timed by
-the GPU's own clock:
+the other, and each batch size is profiled over some hundred decode steps. With `--checkout` the
+plugin is off, and SGLang as it was exported runs against SGLang as it is installed. Kernels are
+timed by the GPU's own clock:
 
 - a step: from a layer's first expert GEMM to the same layer's in the next step;
 - the routing: from the end of the norm ahead of a gate to the start of the first expert GEMM.
@@ -16,13 +18,15 @@ the GPU's own clock:
 The server is serve_spread.py's, whose tokens go to all experts, as a trained model's do.
 
 Writes `dsv3_rank_<GPU>_<SGLang's version>.json`, `.md` and, with matplotlib, `.png`, of another
-model with its name; `--from-json` does that again from such a JSON, without a GPU. Exits with 1
-where a backend other than `off` was not taken.
+model with its name, of a checkout with `exported` for `rank`; `--from-json` does that again from
+such a JSON, without a GPU. Exits with 1 where a backend other than `off` was not taken, or a
+checkout runs no kernel of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -66,6 +70,8 @@ GATHERED_TEXT = (
     "SGLang's own dummy weights: all tokens of a batch get nearly the same experts, so from batch "
     "8 on expert GEMMs are shorter than with trained weights, and what is saved is a larger part."
 )
+EXPORTED = "exported"
+"""Stands for a backend where SGLang has a pull request, and not the plugin."""
 COLORS = ("tab:purple", "tab:orange")  # of the backend and of `off`
 
 Results = dict[str, Any]
@@ -188,6 +194,15 @@ def timelines(us: Results, size: str) -> str:
     return "\n\n".join(found)
 
 
+def took_other_kernels(us: Results) -> bool:
+    """Whether what was exported runs a kernel that SGLang as it is does not."""
+    new, own = (
+        {name for each in by_size.values() for name, *_ in each["timeline"]}
+        for by_size in us.values()
+    )
+    return bool(new - own)
+
+
 def shown_sizes(us: Results) -> list[str]:
     """The smallest, the middle and the largest batch size, as far as they are there."""
     sizes = list(next(iter(us.values())))
@@ -219,6 +234,11 @@ def report(results: Results, picture: str | None) -> str:
             f"All {rank.num_layers} layers, FP8 dummy weights, no all-reduce; {results['steps']} "
             f"steps a profile, one server after the other. Median and quartiles.{remark}",
             SPREAD_TEXT if results.get("spread") else GATHERED_TEXT,
+            *(
+                [f"`{EXPORTED}`: SGLang with --pr {', '.join(names)}. The plugin is off in both."]
+                if (names := results.get("pull_requests"))
+                else []
+            ),
             f"```\n{results['command']}\n```",
             "A step, from a layer's first expert GEMM to the same layer's in the next step:",
             table(rows(us, "step", 0)),
@@ -299,7 +319,8 @@ def save_plot(results: Results, path: Path) -> bool:
         2, figsize=(9, 7), height_ratios=(2, 5), layout="constrained"
     )
     where = results["environment"]
-    title = f"{model} with the plugin ({next(iter(us))}) and without (off)"
+    first = "SGLang exported" if EXPORTED in us else f"the plugin ({next(iter(us))})"
+    title = f"{model} with {first} and without (off)"
     what = f"one rank of TP 8, no all-reduce; {where['GPU']}, SGLang {where['sglang']}"
     figure.suptitle(f"{title}\n{what}", fontweight="bold")
     draw_steps(upper, measured(us, "step"))
@@ -317,12 +338,21 @@ def save(results: Results, folder: Path) -> str:
     where = results["environment"]
     gpu = file_stem(where["GPU"], DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size)
     _, rank = ran(results)
-    name = f"{rank.stem}_rank_{gpu}_{where['sglang']}"
+    what = EXPORTED if EXPORTED in results["us"] else "rank"
+    name = f"{rank.stem}_{what}_{gpu}_{where['sglang']}"
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1))
     drawn = save_plot(results, folder / f"{name}.png")
     text = report(results, f"{name}.png" if drawn else None)
     (folder / f"{name}.md").write_text(text + "\n")
     return text
+
+
+def import_first(checkout: Path) -> dict[str, str]:
+    """The variable with which a server imports this checkout's SGLang, not the installed one."""
+    python = checkout.resolve() / "python"
+    if not (python / "sglang").is_dir():
+        raise SystemExit(f"--checkout is {checkout}, must have python/sglang")
+    return {"PYTHONPATH": os.pathsep.join([str(python), os.environ.get("PYTHONPATH", "")])}
 
 
 def main() -> int:
@@ -336,6 +366,12 @@ def main() -> int:
         default=BATCH_SIZES,
         help=f"the picture needs {DRAWN_SIZE} (default: {' '.join(map(str, BATCH_SIZES))})",
     )
+    parser.add_argument(
+        "--checkout", type=Path, help="SGLang's, as `export` edited it, instead of the plugin"
+    )
+    parser.add_argument(
+        "--pull-requests", nargs="+", default=[], help="what it has, for the report"
+    )
     redrawn = "write the report again, without a GPU"
     parser.add_argument("--from-json", type=Path, metavar="FILE", help=redrawn)
     arguments = parser.parse_args()
@@ -348,6 +384,8 @@ def main() -> int:
     batch_sizes = sorted(set(arguments.batch_sizes))
     extra = ["--mem-fraction-static", "0.9", "--max-total-tokens", "65536"]
     extra += [*graph_options(batch_sizes), *arguments.server_options]
+    first = EXPORTED if arguments.checkout else arguments.backend
+    variables = {EXPORTED: import_first(arguments.checkout)} if arguments.checkout else {}
     log_lines: list[str] = []
     results: Results = {
         "model": arguments.model,
@@ -355,6 +393,7 @@ def main() -> int:
         "command": "",
         "steps": arguments.steps,
         "spread": True,
+        "pull_requests": arguments.pull_requests,
         "log_lines": log_lines,
         "us": {},
     }
@@ -362,7 +401,7 @@ def main() -> int:
         model = Path(folder, "model")
         model.mkdir()
         (model / "config.json").write_text(json.dumps(rank.config, indent=2))
-        for backend in (arguments.backend, "off"):
+        for backend in (first, "off"):
             log = arguments.output_dir / f"server_{backend}.log"
             futures: dict[str, Future[Trace]] = {}
 
@@ -375,7 +414,8 @@ def main() -> int:
                 }
                 return save(results, arguments.output_dir)
 
-            given = model, log, arguments.port, backend, extra
+            setting = "off" if arguments.checkout else backend
+            given = model, log, arguments.port, setting, extra, variables.get(backend, {})
             with running(*given, launcher=[str(SPREAD)]) as server:
                 results["command"] = server.shown_command
                 print(f"{backend}: up after {server.wait():.0f} s", flush=True)
@@ -391,6 +431,8 @@ def main() -> int:
             wait(futures.values())
             text = save_what_is_read()
     print(text)
+    if arguments.checkout:
+        return int(not took_other_kernels(results["us"]))
     return int(arguments.backend != "off" and not patch_taken("\n".join(log_lines)))
 
 

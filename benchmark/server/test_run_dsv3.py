@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import run_dsv3_decode as decode
@@ -430,35 +430,59 @@ def test_the_norm_is_found_on_another_stream_than_the_experts(tmp_path: Path) ->
     assert read.timeline == [("gate", 1, 5), ("topk_kernel", 6, 10), (one_rank.EXPERT_GEMM, 11, 21)]
 
 
-def test_another_model_is_run_with_its_config_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    servers: dict[str, Any] = {}
+class Started(NamedTuple):
+    """What a server was started with."""
+
+    backend: str
+    config: dict[str, Any]
+    extra: list[str]
+    variables: dict[str, str]
+
+
+def run_of_a_rank(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, options: list[str], profiles: list[Path]
+) -> tuple[int, list[Started]]:
+    """The script, its servers and their profiles being given."""
+    servers: list[Started] = []
 
     @contextmanager
     def running(
-        model: Path, log: Path, port: int, backend: str, extra: list[str], launcher: list[str]
+        model: Path,
+        log: Path,
+        port: int,
+        backend: str,
+        extra: list[str],
+        variables: dict[str, str],
+        launcher: list[str],
     ) -> Iterator[Namespace]:
         assert launcher == [str(SPREAD)]
-        servers[backend] = (json.loads((model / "config.json").read_text()), extra)
+        config = json.loads((model / "config.json").read_text())
+        servers.append(Started(backend, config, extra, variables))
         log.write_text("Router GEMM [160, 5120] on SM 90: M 1-16 cluster, M 17+ SGLang\n")
         yield Namespace(shown_command="python3 -m sglang.launch_server", wait=lambda: 1.0)
 
-    path = profiled(dual_stream_trace(4 * 89), tmp_path)
     monkeypatch.setattr(one_rank, "running", running)
-    monkeypatch.setattr(one_rank, "profile", lambda *_: path)
+    monkeypatch.setattr(one_rank, "profile", lambda *_: profiles[len(servers) - 1])
     monkeypatch.setattr(one_rank, "parse_arguments", ArgumentParser.parse_args)
     where = {"GPU": "NVIDIA H200", "sglang": "0.5.23"}
     monkeypatch.setattr(one_rank, "environment", lambda: where)
+    monkeypatch.setattr(sys, "argv", ["", "--output-dir", str(folder), *options])
+    return one_rank.main(), servers
+
+
+def test_another_model_is_run_with_its_config_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = profiled(dual_stream_trace(4 * 89), tmp_path)
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda _, title: titles.append(title))
-    options = ["--model", "GLM-4.5", "--batch-sizes", "16", "1", "--output-dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["", *options, "--", "--disable-radix-cache"])
-    assert one_rank.main() == 0
-    assert [*servers] == ["auto", "off"]
-    config, extra = servers["off"]
-    assert config == TP8_RANKS["GLM-4.5"].config
-    assert extra[-5:] == ["1", "16", "--max-running-requests", "16", "--disable-radix-cache"]
+    options = ["--model", "GLM-4.5", "--batch-sizes", "16", "1", "--", "--disable-radix-cache"]
+    result, servers = run_of_a_rank(monkeypatch, tmp_path, options, [path, path])
+    assert result == 0
+    assert [(each.backend, each.variables) for each in servers] == [("auto", {}), ("off", {})]
+    assert servers[1].config == TP8_RANKS["GLM-4.5"].config
+    sizes = ["1", "16", "--max-running-requests", "16", "--disable-radix-cache"]
+    assert servers[1].extra[-5:] == sizes
     text = (tmp_path / "glm45_rank_h200_0.5.23.md").read_text()
     assert text.startswith("# One rank of GLM-4.5 at TP 8")
     assert "All 92 layers" in text
@@ -470,8 +494,43 @@ def test_another_model_is_run_with_its_config_and_named(
     assert titles[-1].endswith("89 times a step")
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_checkout_runs_in_place_of_the_plugin_and_must_run_its_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    python = tmp_path / "checkout" / "python"
+    (python / "sglang").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", "installed")
+    profiles = []
+    for name, gate in (("new", "cluster" if taken else "gate"), ("own", "gate")):
+        (tmp_path / name).mkdir()
+        events = [
+            each | {"name": gate if each["name"] == "gate" else each["name"]}
+            for each in dual_stream_trace(4 * 89)
+        ]
+        profiles.append(profiled(events, tmp_path / name))
+    options = ["--model", "GLM-4.5", "--batch-sizes", "16", "--pull-requests", "gate", "fp32"]
+    options += ["--checkout", str(tmp_path / "checkout")]
+    result, servers = run_of_a_rank(monkeypatch, tmp_path, options, profiles)
+    assert result == (0 if taken else 1)
+    assert [each.backend for each in servers] == ["off", "off"]
+    first = {"PYTHONPATH": os.pathsep.join([str(python), "installed"])}
+    assert [each.variables for each in servers] == [first, {}]
+    text = (tmp_path / "glm45_exported_h200_0.5.23.md").read_text()
+    assert "| exported, µs " in text
+    assert "with --pr gate, fp32. The plugin is off in both." in text
+    assert "`exported`, batch 16:" in text
+
+
+def test_a_checkout_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="must have python/sglang"):
+        run_of_a_rank(monkeypatch, tmp_path, ["--checkout", str(tmp_path)], [])
+
+
 RESULTS = Path(__file__).parent / "results"
-RANKS = sorted(RESULTS.glob("*_rank_*.json"))
+RANKS = sorted(RESULTS.glob("*_rank_*.json")) + sorted(RESULTS.glob("*_exported_*.json"))
 
 
 @pytest.mark.parametrize("path", RANKS, ids=lambda path: path.stem)
