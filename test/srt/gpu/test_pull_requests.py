@@ -62,7 +62,9 @@ def run_there(checkout: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("file", ["gemm/test_cluster_router_gemm.py", "moe/test_moe_route_warp.py"])
 def test_their_registered_tests_pass(file: str, exported: Path) -> None:
     test = f"test/registered/kernels/ops/{file}"
-    said = run_there(exported, "-m", "pytest", "-q", "-p", "no:cacheprovider", test)
+    # A worker each: what takes long is nvcc, once a shape.
+    options = ("-q", "-n", "8", "-p", "no:cacheprovider")
+    said = run_there(exported, "-m", "pytest", *options, test)
     last = said.splitlines()[-1]
     assert " passed" in last, said[-2000:]
     assert "skipped" not in last, said[-2000:]
