@@ -74,6 +74,7 @@ MODELS: tuple[Model, ...] = (
     Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
     Model("DeepSeek-V4-Flash", 256, 4096, _EVERY_M),
     Model("GLM-5.3-Flash", 288, 4096, _EVERY_M),  # Step-3.5's, too
+    Model("DeepSeek-V4.1", 384, 5120, _EVERY_M),
     Model("GLM-4.5", 160, 5120, _EVERY_M, _UNGROUPED, dtype=torch.float32),
     Model("GLM-4.5-Air", 128, 4096, _EVERY_M, _UNGROUPED, dtype=torch.float32),
     Model("MiniMax-M2", 256, 3072, _EVERY_M, _UNGROUPED, dtype=torch.float32),

@@ -35,9 +35,9 @@ def operands(
     num_tokens: int, num_experts: int = 256, hidden_size: int = 7168, seed: int = 0
 ) -> Operands:
     generator = torch.Generator("cuda").manual_seed(seed)
-    hidden_states, weight = (
+    weight, hidden_states = (
         torch.randn(rows, hidden_size, device="cuda", generator=generator).bfloat16()
-        for rows in (num_tokens, num_experts)
+        for rows in (num_experts, num_tokens)
     )
     return hidden_states, weight
 
@@ -52,6 +52,18 @@ def assert_like_fp64(
         dim=1
     )
     assert ((logits.double() - expected).abs() <= 1e-6 * size).all()
+
+
+def check_gate(
+    logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor, taken: bool
+) -> bool:
+    """Whether the kernel was taken; what a gate runs without it may round to bf16."""
+    if taken:
+        assert_like_fp64(logits, hidden_states, weight)
+    else:
+        expected = hidden_states.float() @ weight.float().t()
+        torch.testing.assert_close(logits.float(), expected, rtol=0.01, atol=1)
+    return taken
 
 
 @pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
@@ -199,8 +211,7 @@ class TestMoEGate:
             ) as called,
         ):
             logits = gate(hidden_states)
-        assert_like_fp64(logits, hidden_states, gate.weight)
-        return called.call_count == 1
+        return check_gate(logits, hidden_states, gate.weight, called.call_count == 1)
 
     @pytest.mark.parametrize("num_experts,hidden_size", SHAPES)
     def test_it_takes_it_where_it_was_measured(
