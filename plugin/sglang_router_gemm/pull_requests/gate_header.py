@@ -13,6 +13,7 @@ from sglang_router_gemm.pull_requests.header import (
     before,
     body,
     decided,
+    laid_out,
     opening_comment,
     renamed,
     replaced,
@@ -67,8 +68,13 @@ template <
     bool kBias_ = false>
 """,
             """\
-template <typename Weight_, int kNumExperts_, int kHiddenSize_, int kExperts_, int kTokens_, \
-bool kManyPasses_>
+template <
+    typename Weight_,
+    int kNumExperts_,
+    int kHiddenSize_,
+    int kExperts_,
+    int kTokens_,
+    bool kManyPasses_>
 """,
         ),
         (
@@ -157,16 +163,16 @@ _BF16_WEIGHTS = _Rules(
 constexpr int kRanks = 8;  // CTAs of a cluster, the most that is portable
 """,
             """\
-constexpr int kRanks = 8;   // CTAs of a cluster, the most that is portable
+constexpr int kRanks = 8;  // CTAs of a cluster, the most that is portable
 constexpr int kChains = 4;  // of sums, which do not wait for each other
 """,
         ),
         # The shapes.
-        ("template <typename Weight_, int", "template <int"),
+        ("    typename Weight_,\n", ""),
         ("  using Weight = Weight_;  // bf16_t or float\n", ""),
         ("  static constexpr bool kWide = sizeof(Weight) == 4;\n", ""),
         ("kWide || kHiddenSize", "kHiddenSize"),
-        ("kEach = 16 / sizeof(Weight);    //", "kEach = 8;                      //"),
+        ("kEach = 16 / sizeof(Weight);", "kEach = 8;"),
         ("  static constexpr int kTerms = kWide ? 3 : 1;         // bf16 of a weight\n", ""),
         # What a lane holds.
         (
@@ -317,7 +323,7 @@ def _header(glue: str, csrc: Path, of_weights: _Rules, shape: str) -> str:
         text = replaced(text, f"// @{name}\n", part)
     for rules in (_FP32_LOGITS, of_weights):
         text = _applied(text, rules)
-    return without_sections(text)
+    return laid_out(without_sections(text))
 
 
 def _applied(text: str, rules: _Rules) -> str:

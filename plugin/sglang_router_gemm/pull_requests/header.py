@@ -7,10 +7,34 @@ stops: it never gives half of a rule.
 from __future__ import annotations
 
 import re
+import subprocess
+from importlib.metadata import distribution
+from pathlib import Path
+
+import clang_format
 
 from sglang_router_gemm.pull_requests.pull_request import RuleError
 
 _INDENT = "  "
+# The style of the headers that SGLang compiles when it needs them, in its wheel, too.
+_STYLE = "sglang/kernels/jit/.clang-format"
+
+
+def laid_out(text: str) -> str:
+    """The text as SGLang's clang-format leaves it, whose lines are longer than this tree's.
+
+    Raises:
+        RuleError: the SGLang that is installed has no such style.
+    """
+    style = Path(str(distribution("sglang").locate_file(_STYLE)))
+    if not style.is_file():
+        raise RuleError(f"the SGLang that is installed has no {_STYLE}, must have it")
+    tool = clang_format.get_executable("clang-format")
+    command = [tool, f"--style=file:{style}", "--assume-filename=header.cuh"]
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, encoding="utf-8", check=True
+    )
+    return done.stdout
 
 
 def body(text: str, namespace: str) -> str:

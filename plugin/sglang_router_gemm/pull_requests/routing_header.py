@@ -8,6 +8,7 @@ from sglang_router_gemm.pull_requests.header import (
     before,
     body,
     decided,
+    laid_out,
     opening_comment,
     replaced,
     without_definition,
@@ -134,8 +135,8 @@ template <int kNumExperts_, int kNumGroups_, int kTopGroups_, int kTopK_, int kS
     ("  static constexpr bool kRenormalize = kRenormalize_;\n", ""),
     (
         "  static constexpr Arithmetic kArithmetic = kArithmetic_;\n",
-        "  static constexpr Arithmetic kArithmetic =\n"
-        "      kNumGroups > 1 ? Arithmetic::kFlashInfer : Arithmetic::kTriton;\n",
+        "  static constexpr Arithmetic kArithmetic = "
+        "kNumGroups > 1 ? Arithmetic::kFlashInfer : Arithmetic::kTriton;\n",
     ),
     # The arguments.
     (
@@ -151,7 +152,7 @@ template <int kNumExperts_, int kNumGroups_, int kTopGroups_, int kTopK_, int kS
   int block_shift;  // log2 of the tokens of a block
 """,
         """\
-  double scale;         // of the routed experts' weights
+  double scale;  // of the routed experts' weights
   float shared_weight;  // of the shared expert
 """,
     ),
@@ -184,4 +185,4 @@ def routing_header(glue: str, csrc: Path) -> str:
         text = decided(text, condition, value)
     for old, new in _REPLACED:
         text = replaced(text, old, new)
-    return without_sections(text)
+    return laid_out(without_sections(text))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
+import clang_format
 import libcst as cst
 import pytest
 import torch
@@ -40,6 +41,7 @@ WIDE_GATES = tuple(
 TOPK = "srt/layers/moe/topk.py"
 MOE_REGISTRY = "kernels/ops/moe/__init__.py"
 EDITED = (MODEL, UTILS, REGISTRY, TOPK, MOE_REGISTRY, *WIDE_GATES)
+STYLE = "kernels/jit/.clang-format"
 # The file whose branch takes the kernel.
 MAIN = {"gate": MODEL, "flashinfer": MODEL, "fp32": MODEL, "routing": TOPK}
 OP = "python/sglang/kernels/ops/gemm/cluster_router_gemm.py"
@@ -69,9 +71,9 @@ def commit(checkout: Path) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """SGLang's repository, with the files that the pull requests edit."""
+    """SGLang's repository, with the files that the pull requests edit, and its settings."""
     folder = tmp_path / "checkout"
-    for file in EDITED:
+    for file in (*EDITED, STYLE):
         there = folder / "python" / "sglang" / file
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SGLANG / file, there)
@@ -120,7 +122,11 @@ def run(command: list[str | Path], cwd: Path) -> None:
 
 
 def lint(checkout: Path, files: list[str]) -> None:
-    """isort, ruff and its formatter, as SGLang runs them."""
+    """isort, ruff, its formatter, and clang-format, as SGLang runs them."""
+    layout = [clang_format.get_executable("clang-format"), "--style=file", "--dry-run", "-Werror"]
+    if headers := [file for file in files if file.endswith(".cuh")]:
+        run([*layout, *headers], checkout)
+    files = [file for file in files if file not in headers]
     ruff = [sys.executable, "-m", "ruff"]
     run([sys.executable, "-m", "isort", "--check-only", *files], checkout)
     run([*ruff, "check", "--isolated", "--select", "F401,F821", *files], checkout)
@@ -207,7 +213,8 @@ def test_sglangs_own_linters_pass_for_one_and_for_several(
     for each in several:
         assert export(checkout, each) == 0
         commit(checkout)
-        files = git(checkout, "diff", "--name-only", "HEAD~", "--", "*.py").split()
+        files = git(checkout, "diff", "--name-only", "HEAD~", "--", "*.py", "*.cuh").split()
+        assert any(file.endswith(".cuh") for file in files) == (each != "flashinfer")
         assert f"python/sglang/{MAIN[each]}" in files
         lint(checkout, files)
 
@@ -332,7 +339,7 @@ def test_the_header_has_bf16_weights_and_fp32_logits_alone() -> None:
 
 
 def check_that_all_is_called(text: str) -> None:
-    for name in re.findall(r"__forceinline__ \w+ (\w+)\(", text):
+    for name in re.findall(r"__forceinline__ \w+\s(\w+)\(", text):
         assert len(re.findall(rf"\b{name}(?:<[^>]*>)?\(", text)) > 1, f"nobody calls {name}"
 
 
@@ -348,7 +355,7 @@ def test_the_header_of_the_routing_has_one_variant_and_no_plan() -> None:
     text = routing.ROUTING.new_files()[ROUTE_HEADER]
     unused = r"cluster|SumOrder|shared_of_sum|kRenormalize|block_shift|sorted_ids|kMax|barrier|----"
     assert re.findall(unused, text) == []
-    for name in re.findall(r"__forceinline__ \w+(?:<[^>]*>)? (\w+)\(", text):
+    for name in re.findall(r"__forceinline__ \w+(?:<[^>]*>)?\s(\w+)\(", text):
         assert len(re.findall(rf"\b{name}(?:<[^>]*>)?\(", text)) > 1, f"nobody calls {name}"
 
 
@@ -557,6 +564,14 @@ def test_the_rules_of_the_header() -> None:
 def test_a_rule_of_the_header_that_finds_nothing(rule: Callable[[], str], problem: str) -> None:
     with pytest.raises(RuleError, match=problem):
         rule()
+
+
+def test_a_header_is_laid_out_as_sglangs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = f"int {'a' * 60} = {'b' * 50};\n"  # 116 columns of 120
+    assert header.laid_out(long.replace("= ", "=\n    ")) == long
+    monkeypatch.setattr(header, "_STYLE", "sglang/kernels/none")
+    with pytest.raises(RuleError, match="no sglang/kernels/none, must have it"):
+        header.laid_out(long)
 
 
 @pytest.mark.parametrize(
