@@ -52,12 +52,8 @@ FLASHINFER = "FlashInfer"
 SGLANG_ROUTE, OWN_ROUTE = "SGLang", "ours: route"
 GROUPED_ROUTE, UNGROUPED_ROUTE = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
 RANKS = ROOT / "benchmark" / "server" / "results"
-RANK_RUNS = (
-    "dsv3_rank_h200_0.5.23",
-    "glm45_rank_h200_0.5.23",
-    "batch_1/minimax_m2_rank_h200_0.5.23",
-    "minimax_m2_rank_h200_0.5.23",
-)
+# The pull requests for SM 90 in one server.
+EXPORTED_RUN = "dsv3_exported_h200_0.5.23.json"
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
 # What SGLang 0.5.23's gates with fp32 weights call: enable_tf32_matmul is set for these models.
@@ -375,20 +371,22 @@ def pr_routing_speed(runs: Sequence[Results]) -> str:
     return _github(rows, headers) if rows else NO_RESULTS
 
 
-def pr_routing_ranks(runs: Sequence[Results]) -> str:
-    """Decode steps of one rank, with gate and routing of the plugin and without."""
+def pr_rank(run: Results | None) -> str:
+    """Decode steps of one rank, with the pull requests and as SGLang is."""
+    if run is None:
+        return NO_RESULTS
+    new, own = run["us"]["exported"], run["us"]["off"]
     rows = []
-    for run in runs:
-        on, off = run["us"]["auto"], run["us"]["off"]
-        for batch in on:
-            cells: list[str] = []
-            for what, form in (("step", ".0f"), ("routing", ".1f")):
-                medians = off[batch][what][1], on[batch][what][1]
-                cells += (f"{each:{form}}" for each in medians)
-            shorter = 100 * (1 - on[batch]["step"][1] / off[batch]["step"][1])
-            rows.append((run["model"], batch, *cells[:2], f"{shorter:.1f} %", *cells[2:]))
-    headers = ("model", "batch", "step now", "with both", "shorter", "norm to experts now", "both")
-    return _github(rows, headers) if rows else NO_RESULTS
+    for batch in new:
+        step, routing = (
+            (own[batch][what][1], new[batch][what][1]) for what in ("step", "routing")
+        )
+        shorter = f"{100 * (1 - step[1] / step[0]):.1f} %"
+        cells = [f"{each:.0f}" for each in step], [f"{each:.1f}" for each in routing]
+        rows.append((batch, *cells[0], shorter, *cells[1]))
+    with_all = f"with {', '.join(run['pull_requests'])}"
+    headers = ("batch", "step now", with_all, "shorter", "norm to experts now", with_all)
+    return _github(rows, headers)
 
 
 def pr_routing_not_measured(runs: Sequence[Results]) -> str:
@@ -460,7 +458,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     plotted = speed_with_plots(benchmarks)
     routes = _load(arguments.benchmarks / "route")
-    ranks = [run for name in RANK_RUNS if (run := _read(RANKS / f"{name}.json")) is not None]
     blocks = {
         "auto": auto_table(MODELS),
         "backends": backends_table(BACKENDS.values()),
@@ -478,8 +475,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pr_gate_accuracy": pr_gate_accuracy(benchmarks + other_gates),
         "pr_gate_not_measured": pr_not_measured(benchmarks + other_gates, torch.bfloat16),
         "pr_gate_speed": pr_gate_speed(benchmarks + other_gates),
+        "pr_rank": pr_rank(_read(RANKS / EXPORTED_RUN)),
         "pr_routing_not_measured": pr_routing_not_measured(routes),
-        "pr_routing_ranks": pr_routing_ranks(ranks),
         "pr_routing_speed": pr_routing_speed(routes),
         "route": "\n\n".join(map(routing, routes)) or NO_RESULTS,
         "settings": settings_table(),

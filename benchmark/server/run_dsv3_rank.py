@@ -246,7 +246,7 @@ def report(results: Results, picture: str | None) -> str:
             table(rows(us, "routing", 2)),
             "The layer in the middle, µs after the end of the norm:",
             *(timelines(us, size) for size in shown_sizes(us)),
-            "```\n" + "\n".join(results["log_lines"]) + "\n```",
+            *(["\n".join(["```", *lines, "```"])] if (lines := results["log_lines"]) else []),
         ]
     )
 
@@ -319,8 +319,9 @@ def save_plot(results: Results, path: Path) -> bool:
         2, figsize=(9, 7), height_ratios=(2, 5), layout="constrained"
     )
     where = results["environment"]
-    first = "SGLang exported" if EXPORTED in us else f"the plugin ({next(iter(us))})"
-    title = f"{model} with {first} and without (off)"
+    names = ", ".join(results.get("pull_requests", []))
+    what_runs = f"pull requests {names}" if names else f"the plugin ({next(iter(us))})"
+    title = f"{model} with {what_runs} and without (off)"
     what = f"one rank of TP 8, no all-reduce; {where['GPU']}, SGLang {where['sglang']}"
     figure.suptitle(f"{title}\n{what}", fontweight="bold")
     draw_steps(upper, measured(us, "step"))

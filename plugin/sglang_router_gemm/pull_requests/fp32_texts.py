@@ -455,7 +455,9 @@ class TestFp32Gates:
                 gate.forward_deepep(hidden_states, None)
                 assert torch.equal(*seen)
                 logits = seen[0]
-        return check_gate(logits, hidden_states, weight, called.called)
+        if called.called:
+            assert_like_fp64(logits, hidden_states, weight)
+        return called.called
 
     @pytest.mark.parametrize("build", BUILD)
     def test_they_leave_it_what_was_measured(self, build) -> None:
