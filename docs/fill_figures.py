@@ -378,9 +378,7 @@ def pr_rank(run: Results | None) -> str:
     new, own = run["us"]["exported"], run["us"]["off"]
     rows = []
     for batch in new:
-        step, routing = (
-            (own[batch][what][1], new[batch][what][1]) for what in ("step", "routing")
-        )
+        step, routing = ((own[batch][what][1], new[batch][what][1]) for what in ("step", "routing"))
         shorter = f"{100 * (1 - step[1] / step[0]):.1f} %"
         cells = [f"{each:.0f}" for each in step], [f"{each:.1f}" for each in routing]
         rows.append((batch, *cells[0], shorter, *cells[1]))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import libcst as cst
 import torch
+from whatthepatch import apply_diff, parse_patch
+from whatthepatch.exceptions import WhatThePatchException
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
 from sglang_router_gemm.contract import GATE_CLASS
@@ -19,10 +22,12 @@ from sglang_router_gemm.pull_requests.edits import (
     with_statement_replaced,
     with_value,
 )
-from sglang_router_gemm.pull_requests.fp32_texts import BENCHMARK, HELPER, OP, TESTS, UTILS
 from sglang_router_gemm.pull_requests.gate import GATE, taken
 from sglang_router_gemm.pull_requests.gate_header import fp32_header
-from sglang_router_gemm.pull_requests.pull_request import PullRequest, RuleError
+from sglang_router_gemm.pull_requests.pull_request import REPOSITORY, PullRequest, RuleError
+
+PATCH = REPOSITORY / "upstream" / "fp32.patch"
+"""What becomes of the op, the test and the benchmark that `gate` adds."""
 
 _HELPER = "try_cluster_router_gemm"
 _ORIGIN = "sglang.srt.models.deepseek_common.utils"
@@ -33,37 +38,111 @@ _TESTS = "test/registered/kernels/ops/gemm/test_cluster_router_gemm.py"
 _BENCHMARK = "test/registered/kernels/benchmark/gemm/bench_cluster_router_gemm.py"
 
 
-def edit_header(text: str) -> str:
-    """The header of `gate`, with fp32 weights."""
-    glue = (GATE.folder / _HEADER).read_text(encoding="utf-8")
-    wide = fp32_header(glue, SOURCE.parent)
-    if text not in (wide, GATE.rules[_HEADER](glue)):
-        raise RuleError(f"it is not what --pr {GATE.name} makes, must be")
-    return wide
+_LOOKUP = (
+    (
+        "    if not _is_cuda or _device_sm != 90 or weight_dtype != torch.bfloat16:\n",
+        "    if not _is_cuda or _device_sm != 90:\n",
+    ),
+    (
+        "    return NUM_TOKENS.get((num_experts, hidden_size), (1, 0))\n",
+        "    return NUM_TOKENS.get((num_experts, hidden_size, weight_dtype), (1, 0))\n",
+    ),
+)
+
+_HELPER_TEXT = '''\
+def try_cluster_router_gemm(
+    hidden_states: torch.Tensor, gate: torch.nn.Module
+) -> Optional[torch.Tensor]:
+    """The fp32 logits of a gate with an fp32 weight, by the cluster GEMM, which reads
+    hidden_states in bf16. None where it does not serve the call: the gate must.
+    """
+    weight = getattr(gate, "weight", None)
+    if (
+        weight is None
+        or weight.dtype != torch.float32
+        or hidden_states.dtype != torch.bfloat16
+        or not hidden_states.is_cuda
+        or hidden_states.dim() != 2
+        or not hidden_states.is_contiguous()
+        # LoRA's layers and a bias add to the product.
+        or hasattr(gate, "base_layer")
+        or getattr(gate, "bias", None) is not None
+    ):
+        return None
+    fewest, most = cluster_router_gemm_tokens(
+        num_experts=weight.shape[0],
+        hidden_size=weight.shape[1],
+        weight_dtype=weight.dtype,
+    )
+    if not fewest <= hidden_states.shape[0] <= most:
+        return None
+    if get_exec().deterministic.enable_deterministic_inference:
+        return None
+
+    from sglang.kernels.ops.gemm.cluster_router_gemm import cluster_router_gemm
+
+    return cluster_router_gemm(hidden_states, weight)
+'''
 
 
-def edit_op(text: str) -> str:
-    """The op of `gate`, with fp32 weights and the table of what was measured with them."""
-    if (edited := _with_texts(text, OP)) == text:
-        return text
+def _for_gates(path: str, make: Callable[[str], str]) -> Callable[[str], str]:
+    """The edit of a file that `gate` adds: what is made of its source, where `gate`'s stands."""
+
+    def edit(text: str) -> str:
+        source = (GATE.folder / path).read_text(encoding="utf-8")
+        wide = make(source)
+        if text not in (wide, GATE.rules.get(path, str)(source)):
+            raise RuleError(f"it is not what --pr {GATE.name} makes, must be")
+        return wide
+
+    return edit
+
+
+def _header(source: str) -> str:
+    return fp32_header(source, SOURCE.parent)
+
+
+def _op(source: str) -> str:
+    """With the table of what was measured, for weights of both dtypes."""
     rows = "".join(
         f"    ({num_experts}, {hidden_size}, {weight}): ({num_tokens[0]}, {num_tokens[-1]}),"
         f"  # {name}\n"
         for weight in (torch.bfloat16, torch.float32)
         for (num_experts, hidden_size), (name, num_tokens) in taken(weight).items()
     )
-    return with_value(cst.parse_module(edited), "NUM_TOKENS", f"{{\n{rows}}}").code
+    module = cst.parse_module(_patched(_OP, source))
+    return with_value(module, "NUM_TOKENS", f"{{\n{rows}}}").code
+
+
+def _patched(path: str, source: str) -> str:
+    """A source of `gate` with the patch's changes.
+
+    Raises:
+        RuleError: the source has moved on.
+    """
+    (changes,) = (
+        each
+        for each in parse_patch(PATCH.read_text(encoding="utf-8"))
+        if each.header is not None and each.header.new_path == path
+    )
+    try:
+        lines = apply_diff(changes, source.splitlines())
+    except WhatThePatchException as error:
+        raise RuleError(f"{PATCH.name} does not apply: {error}") from error
+    return "\n".join([*lines, ""])
 
 
 def edit_utils(text: str) -> str:
     """The models' `utils.py` with what says whether the kernel serves a gate's call."""
     if _HELPER in text:
         return text
-    module = cst.parse_module(_with_texts(text, UTILS))
+    for old, new in _LOOKUP:
+        text = replaced_once(text, old, new)
+    module = cst.parse_module(text)
     module = with_import_before(
         module, "sglang.srt.utils", "from sglang.srt.runtime_context import get_exec\n"
     )
-    return code_of(with_function_after(module, "cluster_router_gemm_tokens", HELPER))
+    return code_of(with_function_after(module, "cluster_router_gemm_tokens", _HELPER_TEXT))
 
 
 def _or_else(call: str, logits: str, otherwise: str) -> str:
@@ -146,28 +225,19 @@ def _with_import(module: cst.Module, neighbour: str) -> cst.Module:
     return with_import_before(module, neighbour, f"from {_ORIGIN} import {_HELPER}\n")
 
 
-def _with_texts(text: str, texts: tuple[tuple[str, str], ...]) -> str:
-    """Each text for another, or the text as it is where it has all of them already."""
-    if all(new in text for _, new in texts):
-        return text
-    for old, new in texts:
-        text = replaced_once(text, old, new)
-    return text
-
-
 FP32 = PullRequest(
     name="fp32",
     edits={
-        _HEADER: edit_header,
-        _OP: edit_op,
+        _HEADER: _for_gates(_HEADER, _header),
+        _OP: _for_gates(_OP, _op),
         f"{_MODELS}/deepseek_common/utils.py": edit_utils,
         f"{_MODELS}/deepseek_v2.py": edit_deepseek_v2,
         f"{_MODELS}/glm4_moe.py": edit_glm4_moe,
         f"{_MODELS}/longcat_flash.py": edit_longcat_flash,
         f"{_MODELS}/mimo_v2.py": edit_mimo_v2,
         f"{_MODELS}/minimax_m2.py": edit_minimax_m2,
-        _TESTS: lambda text: _with_texts(text, TESTS),
-        _BENCHMARK: lambda text: _with_texts(text, BENCHMARK),
+        _TESTS: _for_gates(_TESTS, partial(_patched, _TESTS)),
+        _BENCHMARK: _for_gates(_BENCHMARK, partial(_patched, _BENCHMARK)),
     },
     needs=GATE,
 )

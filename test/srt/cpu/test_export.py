@@ -303,8 +303,9 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_table_of_fp32_has_both_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     def table() -> dict[tuple[int, int, torch.dtype], tuple[int, int]]:
-        text = fp32.edit_op(gate.GATE.new_files()[OP])
-        assert fp32.edit_op(text) == text
+        edit = fp32.FP32.edits[OP]
+        text = edit(gate.GATE.new_files()[OP])
+        assert edit(text) == text
         found = re.search(r"NUM_TOKENS: .* = (\{.*?\n\})", text, re.DOTALL)
         assert found is not None
         evaluated: dict[tuple[int, int, torch.dtype], tuple[int, int]] = eval(found[1])
@@ -344,8 +345,9 @@ def check_that_all_is_called(text: str) -> None:
 
 
 def test_the_header_of_fp32_has_both_weights_and_fp32_logits_alone() -> None:
-    text = fp32.edit_header(gate.GATE.new_files()[HEADER])
-    assert fp32.edit_header(text) == text
+    edit = fp32.FP32.edits[HEADER]
+    text = edit(gate.GATE.new_files()[HEADER])
+    assert edit(text) == text
     assert re.findall(r"[Bb]ias|Logits|nv_bfloat16|store\(bf16|docs/", text) == []
     assert "S::kWide" in text
     check_that_all_is_called(text)
