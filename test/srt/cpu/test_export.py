@@ -768,14 +768,14 @@ def test_fp32_without_a_committed_gate(
     ("path", "old", "new", "problem"),
     [
         (HEADER, "kRanks = 8;", "kRanks = 4;", "it is not what --pr gate makes, must be"),
-        (OP, "*weight.shape)", "weight.shape[0])", "must be once"),
+        (OP, "*weight.shape)", "weight.shape[0])", "it is not what --pr gate makes, must be"),
         (f"python/sglang/{UTILS}", "_device_sm != 90", "_device_sm < 90", "must be once"),
         (f"python/sglang/{MODEL}", "F.linear(hidden_states.float(), self.weight)", "0", "MoEGate"),
         ("glm4_moe", "self.weight, None", "self.weight", "a statement logits = F.linear("),
         ("mimo_v2", "logits = F.linear", "out = F.linear", "a statement logits = F.linear("),
         ("longcat_flash", "class LongcatFlashRouter", "class Router", "a class LongcatFlashRouter"),
         ("minimax_m2", "logits, _ = self.gate", "logits = self.gate", "must be 2 times"),
-        (f"{TESTS}/test_cluster_router_gemm.py", "SHAPES = ", "GATES = ", "must be once"),
+        (f"{TESTS}/test_cluster_router_gemm.py", "SHAPES = ", "GATES = ", "not what --pr gate"),
     ],
 )
 def test_a_checkout_whose_gate_is_another(
@@ -798,6 +798,24 @@ def test_a_checkout_whose_gate_is_another(
     said = refused(capsys, checkout, "--pr", "fp32")
     assert f"is not SGLang {RELEASE}, which the pull request is for: {path}: " in said
     assert problem in said
+    assert contents(checkout) == before
+
+
+def test_a_patch_of_other_sources_is_refused(
+    tmp_path: Path,
+    checkout: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commit_what_it_needs(checkout, "fp32")
+    capsys.readouterr()
+    text = fp32.PATCH.read_text()
+    assert "\n @cache_once\n" in text
+    other = tmp_path / "fp32.patch"
+    other.write_text(text.replace("\n @cache_once\n", "\n @cached\n"))
+    monkeypatch.setattr(fp32, "PATCH", other)
+    before = contents(checkout)
+    assert "fp32.patch does not apply: " in refused(capsys, checkout, "--pr", "fp32")
     assert contents(checkout) == before
 
 

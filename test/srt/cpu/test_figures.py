@@ -139,14 +139,12 @@ def test_a_result_of_the_routing_changes_its_text(tmp_path: Path) -> None:
     assert "the routing of Kimi-K2, GLM-5, MiniMax-M2, GLM-4.5, GLM-4.5-Air." in text
 
 
-def test_the_ranks_of_the_routing_are_those_of_their_reports(tmp_path: Path) -> None:
-    rows = _rows(_filled(tmp_path / "text.md", "pr_routing_ranks"))[2:]
-    models = ["DeepSeek-V3"] * 5 + ["GLM-4.5"] * 5 + ["MiniMax-M2"] * 5
-    assert [row[:2] for row in rows] == [
-        [model, batch]
-        for model, batch in zip(models, ["1", "8", "16", "32", "64"] * 3, strict=True)
-    ]
-    assert rows[0] == ["DeepSeek-V3", "1", "9674", "9045", "6.5 %", "16.1", "5.6"]
+def test_the_rank_of_the_pull_requests_is_that_of_its_report(tmp_path: Path) -> None:
+    text = _filled(tmp_path / "text.md", "pr_rank")
+    assert "with gate, fp32, routing" in text
+    rows = _rows(text)[2:]
+    assert [row[0] for row in rows] == ["1", "8", "16", "32", "64"]
+    assert rows[0] == ["1", "9532", "8984", "5.8 %", "15.9", "6.6"]
 
 
 def test_no_results(tmp_path: Path) -> None:
