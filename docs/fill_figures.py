@@ -127,8 +127,9 @@ def auto_table(models: Iterable[Model]) -> str:
         for auto, sms in alike.items():
             taken = f"{auto.num_tokens[0]}-{auto.num_tokens[-1]}"
             gate = str(Target(torch.device("cuda"), None, *model.gate))
-            rows.append((model.name, gate, ", ".join(sms), taken, f"`{auto.backend}`"))
-    return _github(rows, ("model", "gate", "SM", "M", "`auto` takes"))
+            measured = auto.measured or "no"
+            rows.append((model.name, gate, ", ".join(sms), taken, f"`{auto.backend}`", measured))
+    return _github(rows, ("model", "gate", "SM", "M", "`auto` takes", "measured"))
 
 
 def settings_table() -> str:

@@ -91,6 +91,7 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
     decision = decide(requested_backend(), target, unavailable, own_logits_dtype=model.logits_dtype)
     wide = decision.backend is not None and logits_dtype != model.logits_dtype
     others = "torch" if wide else "sglang"
+    auto = model.auto.get(sm) if sm is not None else None
     return {
         "model": model.name,
         "num_experts": model.num_experts,
@@ -103,6 +104,7 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
                 "path": name or others,
                 "reason": decision.reason if name is None else not_measured(name, sm),
                 "kernel": asked[name].origin if name is not None else None,
+                "measured": auto.measured if auto is not None and auto.backend == name else None,
             }
             for num_tokens, name in decision.ranges()
         ],
@@ -133,6 +135,7 @@ def examine_routing(model: Model, sm: int | None) -> dict[str, Any] | None:
         "path": "cluster_route" if reason is None else "sglang",
         "reason": reason,
         "kernel": kernel,
+        "measured": model.route.auto.get(sm) if sm is not None else None,
     }
 
 
@@ -226,7 +229,7 @@ def _gates(models: list[dict[str, Any]]) -> str:
                     path["path"],
                 )
             )
-            remarks.append("; ".join(filter(None, (path["kernel"], path["reason"]))))
+            remarks.append(_remark(path))
     return _remarked(("model", "gate", "M", "path"), rows, remarks)
 
 
@@ -240,8 +243,14 @@ def _routings(models: list[dict[str, Any]]) -> str:
             what = f"{found['top_k']} of {model['num_experts']}{groups}"
             num_tokens = "1+" if found["path"] == "sglang" else found["num_tokens"]
             rows.append((model["model"], what, num_tokens, found["path"]))
-            remarks.append("; ".join(filter(None, (found["kernel"], found["reason"]))))
+            remarks.append(_remark(found))
     return _remarked(("model", "experts of a token", "M", "path"), rows, remarks)
+
+
+def _remark(found: dict[str, Any]) -> str:
+    """Where a kernel comes from, since when it is known to be faster, or why there is none."""
+    measured = f"measured {found['measured']}" if found["measured"] and found["kernel"] else None
+    return "; ".join(filter(None, (found["kernel"], measured, found["reason"])))
 
 
 def _remarked(headers: tuple[str, ...], rows: list[tuple[str, ...]], remarks: list[str]) -> str:

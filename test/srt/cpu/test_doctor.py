@@ -68,8 +68,10 @@ def test_a_kernel_builds_and_then_is_cached(nvcc: Path) -> None:
         "path": "cluster",
         "reason": None,
         "kernel": f"builds with {nvcc}",
+        "measured": "2026-11-27",
     }
     assert rest["num_tokens"] == "129+"
+    assert rest["measured"] is None
     assert rest["path"] == "sglang"
     jit.build(cluster_router_gemm.spec(256, 7168, 90))
     assert _deepseek_v3()["paths"][0]["kernel"] == "cached"

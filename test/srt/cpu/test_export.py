@@ -314,7 +314,7 @@ def test_the_table_of_fp32_has_both_dtypes(monkeypatch: pytest.MonkeyPatch) -> N
     assert table()[160, 5120, torch.bfloat16] == (2, 16)  # DeepSeek-V2
     assert table()[160, 5120, torch.float32] == (1, 128)  # GLM-4.5
     assert table()[768, 6144, torch.float32] == (1, 63)  # LongCat-Flash
-    assert len(table()) == 7 + 6
+    assert len(table()) == 8 + 6
     taken = {90: Auto("cluster", range(3, 6))}
     wide = torch.float32
     models = (
@@ -372,8 +372,8 @@ def test_the_table_of_routings_is_that_of_the_models(monkeypatch: pytest.MonkeyP
     ungrouped = {(each, 1, 1, 8) for each in (128, 160, 256, 384)}
     assert table() == {(256, 8, 4, 8)} | ungrouped
     models = (
-        Model("taken", 64, 1024, {}, Route(4, 2, 6, auto=(90,))),
-        Model("elsewhere", 64, 2048, {}, Route(1, 1, 6, auto=(100,))),
+        Model("taken", 64, 1024, {}, Route(4, 2, 6, auto={90: "2026-11-30"})),
+        Model("elsewhere", 64, 2048, {}, Route(1, 1, 6, auto={100: "2026-11-30"})),
         Model("no route", 96, 3072, {}),
     )
     monkeypatch.setattr(routing, "MODELS", models)

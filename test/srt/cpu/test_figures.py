@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,14 +208,52 @@ def test_the_backends_are_those_of_the_records(tmp_path: Path) -> None:
 def test_auto_is_that_of_the_models(tmp_path: Path) -> None:
     _, _, *rows = _rows(_filled(tmp_path / "text.md", "auto"))
     assert {row[0] for row in rows} == {model.name for model in MODELS if model.auto}
-    assert rows[0] == ["DeepSeek-V3", "[256, 7168]", "90", "1-128", "`cluster`"]
-    assert rows[1] == ["DeepSeek-V3", "[256, 7168]", "100, 103", "1-16", "`flashinfer`"]
-    auto = {90: Auto("cluster", range(2, 9)), 120: Auto("torch", range(1, 2))}
+    assert rows[0] == ["DeepSeek-V3", "[256, 7168]", "90", "1-128", "`cluster`", "2026-11-27"]
+    assert rows[1] == ["DeepSeek-V3", "[256, 7168]", "100, 103", "1-16", "`flashinfer`", "no"]
+    auto = {90: Auto("cluster", range(2, 9), "2031-01-02"), 120: Auto("torch", range(1, 2))}
     new = Model("New", 64, 512, auto, dtype=torch.float32)
     assert _rows(fill_figures.auto_table([new]))[2:] == [
-        ["New", "[64, 512] float32", "90", "2-8", "`cluster`"],
-        ["New", "[64, 512] float32", "120", "1-1", "`torch`"],
+        ["New", "[64, 512] float32", "90", "2-8", "`cluster`", "2031-01-02"],
+        ["New", "[64, 512] float32", "120", "1-1", "`torch`", "no"],
     ]
+
+
+def _results_of_gates() -> dict[tuple[object, ...], dict[str, Any]]:
+    """What was measured on an H200, by what the gate computes."""
+    found: dict[tuple[object, ...], dict[str, Any]] = {}
+    for folder in ("cluster", "gates"):
+        for path in sorted((BENCHMARKS / folder).glob("h200*.json")):
+            run = json.loads(path.read_text())
+            dtypes = (
+                getattr(torch, run.get("weight", "bfloat16")),
+                getattr(torch, run.get("logits", "float32")),
+            )
+            shape = run["num_experts"], run["hidden_size"]
+            found[(*shape, *dtypes, run.get("bias", False))] = run
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_auto_takes_what_a_result_shows_to_be_faster(model: Model) -> None:
+    """Of fp32 weights than what SGLang's gates run, else than every other kernel."""
+    run = _results_of_gates()[model.gate]
+    auto = model.auto[90]
+    assert auto.measured == run["date"][:10]
+    by_num_tokens: dict[int, dict[str, float]] = {}
+    for each in run["timings"]:
+        if each["mode"] == "chain":
+            us = by_num_tokens.setdefault(each["num_tokens"], {})
+            us[each["provider"]] = each["median_us"]
+    assert auto.num_tokens[0] in by_num_tokens
+    assert auto.num_tokens[-1] <= max(by_num_tokens)
+    for num_tokens, us in by_num_tokens.items():
+        if num_tokens not in auto.num_tokens:
+            continue
+        others = {name for name in us if not name.startswith("ours")}
+        if model.dtype == torch.float32:
+            others &= {"SGLang fp32 F.linear", "SGLang TF32 F.linear"}
+        assert others
+        assert us["ours: cluster"] < min(us[name] for name in others), (num_tokens, us)
 
 
 def test_the_settings_are_those_of_the_code(tmp_path: Path) -> None:

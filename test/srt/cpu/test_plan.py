@@ -87,7 +87,7 @@ def test_auto_leaves_other_shapes_to_sglang() -> None:
     assert served(decision) == NOBODY
     assert decision.reason == (
         "the gate is [64, 7168], auto takes [256, 7168] or [384, 7168] or [128, 7168] or "
-        "[256, 6144] or [160, 5120] or [256, 4096] or [288, 4096] on SM 90"
+        "[256, 6144] or [160, 5120] or [256, 4096] or [288, 4096] or [384, 5120] on SM 90"
     )
     other = HOPPER._replace(logits_dtype=torch.bfloat16, bias=True)
     assert decided("auto", other).reason == (

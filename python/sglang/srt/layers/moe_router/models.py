@@ -6,6 +6,7 @@ To add a model, add a row. README.md, `doctor`, `prebuild` and the benchmark's s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ class Auto(NamedTuple):
 
     backend: str
     num_tokens: range
+    measured: str | None = None
+    """The day of the result that shows it, as YYYY-MM-DD; None where this project has none."""
 
 
 class Route(NamedTuple):
@@ -24,8 +27,8 @@ class Route(NamedTuple):
     num_groups: int
     top_groups: int
     top_k: int
-    auto: tuple[int, ...] = ()
-    """The SMs where `auto` takes `cluster_route`: where it was seen to be the fastest."""
+    auto: Mapping[int, str] = MappingProxyType({})
+    """The SMs where `auto` takes `cluster_route`, each with the day of the result that shows it."""
 
 
 class Model(NamedTuple):
@@ -55,9 +58,14 @@ class Model(NamedTuple):
 # SGLang PRs 17707 (SM 100) and 23285 (SM 103); not measured by this project.
 _BLACKWELL = Auto("flashinfer", range(1, 17))
 
-_UNGROUPED = Route(1, 1, 8, auto=(90,))
+_UNGROUPED = Route(1, 1, 8, auto={90: "2026-11-30"})
 
-_EVERY_M = {90: Auto("cluster", range(1, 129))}
+
+def _cluster(fewest: int, most: int, measured: str = "2026-11-30") -> Mapping[int, Auto]:
+    return {90: Auto("cluster", range(fewest, most + 1), measured)}
+
+
+_EVERY_M = _cluster(1, 128)
 
 # SM 90: docs/kernel.md. With fewer bytes of weights SGLang's own is faster at the smallest M.
 MODELS: tuple[Model, ...] = (
@@ -65,13 +73,13 @@ MODELS: tuple[Model, ...] = (
         "DeepSeek-V3",
         256,
         7168,
-        {90: Auto("cluster", range(1, 129)), 100: _BLACKWELL, 103: _BLACKWELL},
-        Route(8, 4, 8, auto=(90,)),
+        {**_cluster(1, 128, "2026-11-27"), 100: _BLACKWELL, 103: _BLACKWELL},
+        Route(8, 4, 8, auto={90: "2026-11-30"}),
     ),
-    Model("Kimi-K2", 384, 7168, {90: Auto("cluster", range(1, 17))}, _UNGROUPED),
-    Model("Mistral Large 3", 128, 7168, {90: Auto("cluster", range(4, 17))}),
-    Model("GLM-5", 256, 6144, {90: Auto("cluster", range(1, 17))}, _UNGROUPED),
-    Model("DeepSeek-V2", 160, 5120, {90: Auto("cluster", range(2, 17))}),
+    Model("Kimi-K2", 384, 7168, _cluster(1, 16, "2026-11-27"), _UNGROUPED),
+    Model("Mistral Large 3", 128, 7168, _cluster(4, 16, "2026-11-27")),
+    Model("GLM-5", 256, 6144, _cluster(1, 16, "2026-11-27"), _UNGROUPED),
+    Model("DeepSeek-V2", 160, 5120, _cluster(2, 16, "2026-11-27")),
     Model("DeepSeek-V4-Flash", 256, 4096, _EVERY_M),
     Model("GLM-5.3-Flash", 288, 4096, _EVERY_M),  # Step-3.5's, too
     Model("DeepSeek-V4.1", 384, 5120, _EVERY_M),
@@ -81,7 +89,7 @@ MODELS: tuple[Model, ...] = (
     Model("MiMo-V2-Flash", 256, 4096, _EVERY_M, dtype=torch.float32),
     Model("Hy4", 256, 2816, _EVERY_M, dtype=torch.float32),
     # From M = 64 on SGLang calls the package hpc, where that is installed; it was not measured.
-    Model("LongCat-Flash", 768, 6144, {90: Auto("cluster", range(1, 64))}, dtype=torch.float32),
+    Model("LongCat-Flash", 768, 6144, _cluster(1, 63), dtype=torch.float32),
     Model("Qwen3-235B", 128, 4096, _EVERY_M, logits_dtype=torch.bfloat16),
     Model("Qwen3-30B", 128, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
     Model("Qwen3-Next", 512, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
