@@ -53,6 +53,7 @@ SGLANG_ROUTE, OWN_ROUTE = "SGLang", "ours: route"
 GROUPED_ROUTE, UNGROUPED_ROUTE = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
 RANKS = ROOT / "benchmark" / "server" / "results"
 # The pull requests for SM 90 in one server.
+ROUTING_BENCHMARK = "bench_moe_route_warp_h200.json"
 EXPORTED_RUN = "dsv3_exported_h200_0.5.23.json"
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
@@ -388,6 +389,29 @@ def pr_rank(run: Results | None) -> str:
     return _github(rows, headers)
 
 
+def pr_routing_benchmark(run: Results | None) -> str:
+    """What the pull request's own benchmark measured, of the models that the table names."""
+    if run is None:
+        return NO_RESULTS
+    names = {
+        (model.num_experts, *model.route[:3]): model.name
+        for model in reversed(MODELS)
+        if model.route is not None
+    }
+    rows = [
+        (
+            names[tuple(each["routing"])],
+            each["num_shared"],
+            each["num_tokens"],
+            f"{each['without_us']:.2f}",
+            f"{each['warp_us']:.2f}",
+        )
+        for each in run["rows"]
+        if each["num_tokens"] in HEADLINE_NUM_TOKENS
+    ]
+    return _github(rows, ("routing of", "shared experts", "M", "without", "with this kernel"))
+
+
 def pr_routing_not_measured(runs: Sequence[Results]) -> str:
     """The routings that the pull request takes, of models that were not measured."""
     gpus = list(dict.fromkeys(run["gpu"] for run in runs))
@@ -475,6 +499,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pr_gate_not_measured": pr_not_measured(benchmarks + other_gates, torch.bfloat16),
         "pr_gate_speed": pr_gate_speed(benchmarks + other_gates),
         "pr_rank": pr_rank(_read(RANKS / EXPORTED_RUN)),
+        "pr_routing_benchmark": pr_routing_benchmark(
+            _read(arguments.benchmarks / "pull_requests" / ROUTING_BENCHMARK)
+        ),
         "pr_routing_not_measured": pr_routing_not_measured(routes),
         "pr_routing_speed": pr_routing_speed(routes),
         "route": "\n\n".join(map(routing, routes)) or NO_RESULTS,

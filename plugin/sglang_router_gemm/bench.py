@@ -93,14 +93,14 @@ def measure(
         By name, `gate.own` or a backend's, the median by M; and the reasons by name.
     """
     from router_gemm_benchmark import accuracy
-    from router_gemm_benchmark.providers import Form, Skip, all_providers
+    from router_gemm_benchmark.providers import Skip, all_providers
     from router_gemm_benchmark.timing import CHAIN, MODES, Bench, Candidate
 
-    bench = Bench(*gate.shape, ROUNDS, device, gate.dtype)
+    bench = Bench(*gate.shape, ROUNDS, device, gate.form.dtype)
     mode = CHAIN if bench.producer is not None else MODES[1]
     skipped: dict[str, str] = {}
     ready: list[Candidate] = []
-    for provider in all_providers(*gate.shape, device, Form(*gate.form)):
+    for provider in all_providers(*gate.shape, device, gate.form):
         if not provider.ours and provider.name != gate.own:
             continue
         print(f"{provider.name}: built or loaded, and compared with fp64 …", file=sys.stderr)

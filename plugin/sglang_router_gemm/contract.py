@@ -11,7 +11,6 @@ MODEL = "srt/models/deepseek_v2.py"
 GATE_CLASS = "MoEGate"
 GATE_OP = "sglang.kernels.ops.gemm.cluster_router_gemm"
 """What the gate imports in an SGLang that has merged `export --pr gate`."""
-OP = "flashinfer_dsv3_router_gemm"
 
 _ENVIRON = "srt/environ.py"
 _CUSTOM_OP = "srt/utils/custom_op.py"
@@ -38,10 +37,6 @@ class Contract(NamedTuple):
     """Why the patch does not fit, in one phrase; None if it does."""
     in_tree: bool = False
     """The gate takes the fast path by itself."""
-    deterministic_inference: str | None = None
-    """The expression with which the gate asks for it."""
-    defines_op: bool = False
-    """The model registers an op of its own for FlashInfer's kernel, as 0.5.11 to 0.5.14 do."""
 
 
 class _BrokenError(Exception):
@@ -67,8 +62,6 @@ def examine(package: Path) -> Contract:
         in_tree=any(
             isinstance(node, ast.ImportFrom) and node.module == GATE_OP for node in ast.walk(model)
         ),
-        deterministic_inference=expression,
-        defines_op=any(map(_registers_op, model.body)),
     )
 
 
@@ -246,12 +239,3 @@ def _function(body: list[ast.stmt], where: str, name: str) -> ast.FunctionDef:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
     raise _BrokenError(f"{where} has no function {name}")
-
-
-def _registers_op(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.FunctionDef) and any(
-        keyword.arg == "op_name" and ast.unparse(keyword.value) == repr(OP)
-        for decorator in statement.decorator_list
-        if isinstance(decorator, ast.Call)
-        for keyword in decorator.keywords
-    )

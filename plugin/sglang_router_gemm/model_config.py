@@ -9,17 +9,19 @@ from typing import NamedTuple
 
 import torch
 
-_BF16, _FP32 = torch.bfloat16, torch.float32
+from sglang.srt.layers.moe_router.kernel import Form
 
-# The dtypes of weight and logits, whether there is a bias, and whom the benchmark calls that does
-# what the model's class does in SGLang 0.5.23.
-_Computed = tuple[torch.dtype, torch.dtype, bool, str]
-_MOE_GATE: _Computed = (_BF16, _FP32, False, "SGLang MoEGate")
-_CUBLAS: _Computed = (_BF16, _FP32, False, "cuBLAS fp32")
-_CAST_MATMUL: _Computed = (_BF16, _FP32, False, "SGLang fp32 matmul")
-_FP32_LINEAR: _Computed = (_FP32, _FP32, False, "SGLang fp32 F.linear")
-_TF32_LINEAR: _Computed = (_FP32, _FP32, False, "SGLang TF32 F.linear")
-_BF16_LINEAR: _Computed = (_BF16, _BF16, False, "F.linear")
+# What a gate computes, and whom the benchmark calls that does what the model's class does in
+# SGLang 0.5.23.
+_Computed = tuple[Form, str]
+_FP32 = Form(torch.float32)
+_BF16_LOGITS = Form(logits_dtype=torch.bfloat16)
+_MOE_GATE: _Computed = (Form(), "SGLang MoEGate")
+_CUBLAS: _Computed = (Form(), "cuBLAS fp32")
+_CAST_MATMUL: _Computed = (Form(), "SGLang fp32 matmul")
+_FP32_LINEAR: _Computed = (_FP32, "SGLang fp32 F.linear")
+_TF32_LINEAR: _Computed = (_FP32, "SGLang TF32 F.linear")
+_BF16_LINEAR: _Computed = (_BF16_LOGITS, "F.linear")
 
 # By architecture; every other is taken for one of DeepSeek's.
 _GATES: Mapping[str, _Computed] = {
@@ -27,9 +29,9 @@ _GATES: Mapping[str, _Computed] = {
     "Glm4MoeForCausalLM": _TF32_LINEAR,
     "Glm4MoeLiteForCausalLM": _FP32_LINEAR,
     "Glm4vMoeForConditionalGeneration": _FP32_LINEAR,
-    "GptOssForCausalLM": (_BF16, _BF16, True, "FlashInfer tinygemm"),
+    "GptOssForCausalLM": (_BF16_LOGITS._replace(bias=True), "FlashInfer tinygemm"),
     "HYV3ForCausalLM": _FP32_LINEAR,
-    "HYV4ForCausalLM": (_FP32, _FP32, False, "SGLang MoEGate"),
+    "HYV4ForCausalLM": (_FP32, "SGLang MoEGate"),
     "KimiLinearForCausalLM": _BF16_LINEAR,
     "LongcatFlashForCausalLM": _FP32_LINEAR,
     "MiMoV2FlashForCausalLM": _FP32_LINEAR,
@@ -61,22 +63,14 @@ class GateConfig(NamedTuple):
     hidden_size: int
     layers: int | None
     """None where the config does not say."""
-    dtype: torch.dtype = _MOE_GATE[0]
-    """The weight's."""
-    logits_dtype: torch.dtype = _MOE_GATE[1]
-    bias: bool = _MOE_GATE[2]
-    own: str = _MOE_GATE[3]
+    form: Form = _MOE_GATE[0]
+    own: str = _MOE_GATE[1]
     """The benchmark's provider that does what SGLang does."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """N and K."""
         return self.num_experts, self.hidden_size
-
-    @property
-    def form(self) -> tuple[torch.dtype, torch.dtype, bool]:
-        """The dtypes of weight and logits, and whether there is a bias."""
-        return self.dtype, self.logits_dtype, self.bias
 
 
 def read_gate(path: Path) -> GateConfig:

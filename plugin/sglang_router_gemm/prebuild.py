@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sglang_router_gemm.model_config import ConfigError, read_gate
+from sglang_router_gemm.model_config import ConfigError, GateConfig, read_gate
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe_router.kernel import Target
@@ -31,9 +31,6 @@ ARCH_LIST = "FLASHINFER_CUDA_ARCH_LIST"
 
 _BUILD = "from sglang_router_gemm.prebuild import build_jobs; build_jobs()"
 _STEP = re.compile(r"\[\d+/\d+\]")
-
-Shape = tuple[int, int]
-"""N and K."""
 
 
 class PrebuildError(Exception):
@@ -68,12 +65,12 @@ def run(
         archs: compute capabilities, as in `9.0a`; by default those of this machine.
         out: becomes each cache variable of what is built; by default they stay as they are.
             A folder that was not there before is removed after a failure.
-        model: a config.json or its folder, for its shape alone.
-        shape: N and K, for this shape alone. By default all models of the table.
+        model: a config.json or its folder, for its gate alone.
+        shape: N and K, for such gates alone. By default all models of the table.
     """
     try:
-        shapes = None if shape is None else [(shape[0], shape[1])]
-        jobs = plan_jobs(backend, archs, shapes if model is None else [read_gate(model).shape])
+        gate = None if shape is None else GateConfig(shape[0], shape[1], None)
+        jobs = plan_jobs(backend, archs, gate if model is None else read_gate(model))
         variables = _cache_variables(jobs)
         environment = dict(os.environ)
         if out is not None:
@@ -102,7 +99,7 @@ def run(
 
 
 def plan_jobs(
-    backend: str | None, archs: Sequence[str] | None, shapes: Sequence[Shape] | None
+    backend: str | None, archs: Sequence[str] | None, gate: GateConfig | None
 ) -> dict[str, list[Job]]:
     """The kernels to build, by the `FLASHINFER_CUDA_ARCH_LIST` to build them with.
 
@@ -111,7 +108,8 @@ def plan_jobs(
     Args:
         backend: one that is compiled; None for what `auto` takes.
         archs: as in `9.0a`; None for the GPUs of this machine.
-        shapes: those of the weights; None for the models of the table.
+        gate: the only one; None for the models of the table. Where the table has its shape, those
+            gates are built, for its class may be one that `model_config` does not know.
 
     Raises:
         PrebuildError: there is nothing to build, or an argument is not that.
@@ -128,18 +126,16 @@ def plan_jobs(
     if backend is not None and backend not in compiled:
         raise PrebuildError(f"backend is {backend!r}, must be {either(compiled)}")
     gates = [model.gate for model in MODELS]
-    if shapes is not None:
-        known = [each for each in gates if each[:2] in shapes]
-        others = [shape for shape in shapes if all(each[:2] != shape for each in known)]
-        gates = known + [(*shape, torch.bfloat16, torch.float32, False) for shape in others]
+    if gate is not None:
+        known = [each for each in gates if each[:2] == gate.shape]
+        gates = known or [(*gate.shape, *gate.form)]
     jobs: dict[str, list[Job]] = {}
     nothing = []
     for arch_list, arch in _arch_lists(archs):
         major, minor = _capability(arch)
         sm = 10 * major + minor
         reasons = []
-        for gate in dict.fromkeys(gates):
-            n, k, dtype, own_logits_dtype, bias = gate
+        for n, k, dtype, own_logits_dtype, bias in dict.fromkeys(gates):
             logits_dtype = asked_logits_dtype(own_logits_dtype, bias)
             target = Target(torch.device("cuda"), sm, n, k, dtype, logits_dtype, bias)
             decision = decide(

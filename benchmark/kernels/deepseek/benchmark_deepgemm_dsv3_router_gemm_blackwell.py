@@ -27,9 +27,11 @@ from router_gemm_benchmark import how_to_call
 
 if TYPE_CHECKING:
     import torch
-    from router_gemm_benchmark.providers import Form, Provider
+    from router_gemm_benchmark.providers import Provider
     from router_gemm_benchmark.report import Results
     from router_gemm_benchmark.timing import Bench, Candidate
+
+    from sglang.srt.layers.moe_router.kernel import Form
 
 MAX_NUM_TOKENS, MAX_TP_SIZE = 128, 8
 ROUNDS, QUICK_ROUNDS = 50, 15
@@ -188,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def given_form(arguments: argparse.Namespace) -> Form:
-    from router_gemm_benchmark.providers import BF16, FP32, Form
+    from router_gemm_benchmark.providers import BF16, FP32
+
+    from sglang.srt.layers.moe_router.kernel import Form
 
     dtypes = {"bf16": BF16, "fp32": FP32}
     return Form(dtypes[arguments.weight], dtypes[arguments.logits], arguments.bias)

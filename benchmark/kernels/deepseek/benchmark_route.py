@@ -303,7 +303,7 @@ def run(
     """Times everybody on the current GPU, and saves after each M."""
     import torch
     from router_gemm_benchmark import report as reports
-    from router_gemm_benchmark.providers import Form, Skip, all_providers
+    from router_gemm_benchmark.providers import Skip, all_providers
     from router_gemm_benchmark.timing import LINKS, Bench
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -311,7 +311,7 @@ def run(
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     report = Report(*where, date, command, sorted(set(num_tokens)), rounds, LINKS, model)
     row = find_row(model)
-    shape, form = row.gate[:2], Form(*row.gate[2:])
+    shape, form = row.gate[:2], row.form
 
     def save() -> None:
         if save_path is not None:

@@ -37,7 +37,7 @@ _OP = "python/sglang/kernels/ops/gemm/cluster_router_gemm.py"
 _TESTS = "test/registered/kernels/ops/gemm/test_cluster_router_gemm.py"
 _BENCHMARK = "test/registered/kernels/benchmark/gemm/bench_cluster_router_gemm.py"
 
-
+# What `gate` has put into `utils.py`, and what becomes of it.
 _LOOKUP = (
     (
         "    if not _is_cuda or _device_sm != 90 or weight_dtype != torch.bfloat16:\n",
@@ -85,7 +85,7 @@ def try_cluster_router_gemm(
 '''
 
 
-def _for_gates(path: str, make: Callable[[str], str]) -> Callable[[str], str]:
+def _made_of_gates(path: str, make: Callable[[str], str]) -> Callable[[str], str]:
     """The edit of a file that `gate` adds: what is made of its source, where `gate`'s stands."""
 
     def edit(text: str) -> str:
@@ -228,16 +228,16 @@ def _with_import(module: cst.Module, neighbour: str) -> cst.Module:
 FP32 = PullRequest(
     name="fp32",
     edits={
-        _HEADER: _for_gates(_HEADER, _header),
-        _OP: _for_gates(_OP, _op),
+        _HEADER: _made_of_gates(_HEADER, _header),
+        _OP: _made_of_gates(_OP, _op),
         f"{_MODELS}/deepseek_common/utils.py": edit_utils,
         f"{_MODELS}/deepseek_v2.py": edit_deepseek_v2,
         f"{_MODELS}/glm4_moe.py": edit_glm4_moe,
         f"{_MODELS}/longcat_flash.py": edit_longcat_flash,
         f"{_MODELS}/mimo_v2.py": edit_mimo_v2,
         f"{_MODELS}/minimax_m2.py": edit_minimax_m2,
-        _TESTS: _for_gates(_TESTS, partial(_patched, _TESTS)),
-        _BENCHMARK: _for_gates(_BENCHMARK, partial(_patched, _BENCHMARK)),
+        _TESTS: _made_of_gates(_TESTS, partial(_patched, _TESTS)),
+        _BENCHMARK: _made_of_gates(_BENCHMARK, partial(_patched, _BENCHMARK)),
     },
     needs=GATE,
 )

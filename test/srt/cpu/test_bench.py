@@ -172,7 +172,7 @@ def test_longcats_gate_has_its_zero_experts(tmp_path: Path) -> None:
     config |= {"n_routed_experts": 512, "zero_expert_num": 256, "hidden_size": 6144}
     (tmp_path / "config.json").write_text(json.dumps(config))
     gate = read_gate(tmp_path)
-    assert (gate.shape, gate.dtype, gate.own) == ((768, 6144), FP32, "SGLang fp32 F.linear")
+    assert (gate.shape, gate.form.dtype, gate.own) == ((768, 6144), FP32, "SGLang fp32 F.linear")
 
 
 def _sources(folder: str) -> str:
@@ -193,17 +193,17 @@ def test_the_table_is_of_sglangs_classes_and_settings() -> None:
         if '"enable_tf32_matmul"' in text
         for architecture in re.findall(r'@_register_for\("(\w+)"', text)
     }
-    assert tf32 == {name for name, row in model_config._GATES.items() if "TF32" in row[3]}
+    assert tf32 == {name for name, row in model_config._GATES.items() if "TF32" in row[1]}
 
 
 @pytest.mark.parametrize(
     "row", sorted({*model_config._GATES.values()} | {model_config._CUBLAS}, key=str)
 )
 def test_the_benchmark_has_what_sglang_runs(row: Any) -> None:
-    from router_gemm_benchmark.providers import Form, all_providers
+    from router_gemm_benchmark.providers import all_providers
 
     gate = GateConfig(64, 512, None, *row)
-    assert gate.own in [each.name for each in all_providers(64, 512, CPU, Form(*gate.form))]
+    assert gate.own in [each.name for each in all_providers(64, 512, CPU, gate.form)]
 
 
 class _Bench:

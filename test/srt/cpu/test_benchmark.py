@@ -36,7 +36,6 @@ from router_gemm_benchmark.providers import (  # noqa: E402
     PLAIN,
     TF32_LINEAR,
     WITH_BIAS,
-    Form,
     Gemm,
     Provider,
     Skip,
@@ -46,6 +45,7 @@ from router_gemm_benchmark.providers import (  # noqa: E402
 )
 
 from sglang.srt.layers.moe_router.backends import BACKENDS, Backend  # noqa: E402
+from sglang.srt.layers.moe_router.kernel import Form  # noqa: E402
 from sglang.srt.layers.moe_router.models import MODELS  # noqa: E402
 from sglang.srt.layers.moe_router.plan import Plan, make_plan  # noqa: E402
 from sglang_router_gemm.routing import relative_error  # noqa: E402

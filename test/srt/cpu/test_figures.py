@@ -148,6 +148,12 @@ def test_the_rank_of_the_pull_requests_is_that_of_its_report(tmp_path: Path) -> 
     assert rows[0] == ["1", "9532", "8984", "5.8 %", "15.9", "6.6"]
 
 
+def test_the_routings_own_benchmark_is_as_it_was_saved(tmp_path: Path) -> None:
+    rows = _rows(_filled(tmp_path / "text.md", "pr_routing_benchmark"))[2:]
+    assert len(rows) == 5 * 2 * 5  # routings, with a shared expert and without, and M
+    assert ["DeepSeek-V3", "1", "8", "10.79", "1.65"] in rows
+
+
 def test_no_results(tmp_path: Path) -> None:
     nothing = ("--benchmarks", tmp_path)
     of_prs = ("pr_gate_speed", "pr_flashinfer_accuracy", "pr_routing_speed")

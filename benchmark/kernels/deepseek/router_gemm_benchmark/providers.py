@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
 from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, Pdl, either
-from sglang.srt.layers.moe_router.kernel import Target, device_sm
+from sglang.srt.layers.moe_router.kernel import Form, Target, device_sm
 from sglang.srt.layers.moe_router.packages import first_line
 from sglang.srt.layers.moe_router.plan import make_plan
 
@@ -26,14 +26,6 @@ that allocates by itself returns its own tensor. A provider with a bias adds tha
 """
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-class Form(NamedTuple):
-    """The dtypes of a gate's weight and logits, and whether it adds a bias, `[N]` in bf16."""
-
-    dtype: torch.dtype = BF16
-    logits_dtype: torch.dtype = FP32
-    bias: bool = False
 
 
 PLAIN, FP32_WEIGHT = Form(), Form(dtype=FP32)
@@ -430,7 +422,7 @@ def _backend(backend: Backend, target: Target, bias: torch.Tensor | None) -> Pro
         note=f"the gate's plan under SGLANG_ROUTER_GEMM_BACKEND={backend.name}",
         ours=True,
         own_kernel=backend.measured_sms is not None,
-        serves=(Form(target.dtype, target.logits_dtype, target.bias),),
+        serves=(target.form,),
     )
 
 

@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 
+from sglang.srt.layers.moe_router.kernel import Form
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, find_model
 from sglang.srt.layers.moe_router.packages import PACKAGES, installed_versions
 
 from .accuracy import TF32_BOUND
 from .plots import save_plot
-from .providers import BF16, CUBLAS, FP32, FP32_LINEAR, LINEAR, PLAIN, Form
+from .providers import BF16, CUBLAS, FP32, FP32_LINEAR, LINEAR, PLAIN
 from .timing import CHAIN, MODE_NAMES, MODES
 
 if TYPE_CHECKING:

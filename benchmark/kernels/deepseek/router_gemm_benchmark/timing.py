@@ -24,11 +24,12 @@ from typing import NamedTuple
 
 import torch
 
+from sglang.srt.layers.moe_router.kernel import Form
 from sglang.srt.layers.moe_router.packages import first_line
 from sglang_router_gemm.routing import relative_error
 
 from .accuracy import bound, reference
-from .providers import BF16, PLAIN, Form, Gemm, Provider, Skip, all_providers, environment
+from .providers import BF16, PLAIN, Gemm, Provider, Skip, all_providers, environment
 
 # `num_hidden_layers` and `first_k_dense_replace` in DeepSeek-V3's config.json.
 DEEPSEEK_V3_LAYERS, DEEPSEEK_V3_DENSE_LAYERS = 61, 3

@@ -11,6 +11,14 @@ import torch
 ALIGNMENT_BYTES = 16
 
 
+class Form(NamedTuple):
+    """The dtypes of a gate's weight and logits, and whether it adds a bias, `[N]` in bf16."""
+
+    dtype: torch.dtype = torch.bfloat16
+    logits_dtype: torch.dtype = torch.float32
+    bias: bool = False
+
+
 class Target(NamedTuple):
     """What a kernel is loaded for: a device and its SM, and what it computes there.
 
@@ -30,6 +38,11 @@ class Target(NamedTuple):
     def gate(self) -> tuple[int, int, torch.dtype, torch.dtype, bool]:
         """What it computes, wherever."""
         return self[2:]
+
+    @property
+    def form(self) -> Form:
+        """The same without its shape."""
+        return Form(*self[4:])
 
     def __str__(self) -> str:
         """The same, as a person writes it."""

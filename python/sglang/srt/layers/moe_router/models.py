@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from sglang.srt.layers.moe_router.kernel import Form
+
 
 class Auto(NamedTuple):
     """What `auto` takes on one SM, and for which M: where it was seen to be the fastest."""
@@ -52,7 +54,12 @@ class Model(NamedTuple):
     @property
     def gate(self) -> tuple[int, int, torch.dtype, torch.dtype, bool]:
         """What it computes, as in a `Target`."""
-        return self.num_experts, self.hidden_size, self.dtype, self.logits_dtype, self.bias
+        return self.num_experts, self.hidden_size, *self.form
+
+    @property
+    def form(self) -> Form:
+        """The same without its shape."""
+        return Form(self.dtype, self.logits_dtype, self.bias)
 
 
 # SGLang PRs 17707 (SM 100) and 23285 (SM 103); not measured by this project.

@@ -154,7 +154,7 @@ def _why_not_auto(target: Target) -> str:
     alike = [
         Target(target.device, target.sm, *model.gate)
         for model in MODELS
-        if target.sm in model.auto and model.gate[2:] == target.gate[2:]
+        if target.sm in model.auto and model.form == target.form
     ]
     shapes = either(alike) if alike else "none like it"
     return f"the gate is {target}, auto takes {shapes} on SM {target.sm}"
@@ -171,8 +171,18 @@ def deterministic_inference() -> bool:
 # ---- The plan ----------------------------------------------------------------------------------
 
 
+class OfThisProcess:
+    """What lies on a module and has a loaded kernel: a copy shares it, a pickle has None."""
+
+    def __deepcopy__(self, memo: object) -> OfThisProcess:
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # in another process nothing is loaded yet
+
+
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(OfThisProcess):
     """A decision, and what to call. It never changes; gates of one shape share it."""
 
     requested: str
@@ -271,12 +281,6 @@ class Plan:
         if not (hidden_states.is_contiguous() and weight.is_contiguous()):
             return "layout", "hidden_states and weight must be dense and row-major"
         return "alignment", f"tensors must start at a multiple of {ALIGNMENT_BYTES} bytes"
-
-    def __deepcopy__(self, memo: object) -> Plan:
-        return self  # a copied gate has the same kernel
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # in another process nothing is loaded yet
 
 
 def _is_context_parallel(forward_batch: ForwardBatch | None) -> bool:

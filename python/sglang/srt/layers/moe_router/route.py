@@ -32,7 +32,11 @@ from sglang.srt.layers.moe_router.isolation import run_isolated
 from sglang.srt.layers.moe_router.kernel import device_sm, is_aligned
 from sglang.srt.layers.moe_router.models import Route, find_route
 from sglang.srt.layers.moe_router.packages import first_line
-from sglang.srt.layers.moe_router.plan import deterministic_inference, is_plain_eager
+from sglang.srt.layers.moe_router.plan import (
+    OfThisProcess,
+    deterministic_inference,
+    is_plain_eager,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +202,7 @@ def decide(
 
 
 @dataclass(frozen=True, eq=False)
-class RoutePlan:
+class RoutePlan(OfThisProcess):
     """Who routes the calls with one `TopKConfig`. Layers of one model share it."""
 
     asked: Asked
@@ -257,12 +261,6 @@ class RoutePlan:
         if with_plan and not ids.is_inference():  # else nobody could tell whether they change
             ids.expert_plan = PlanOfIds(self, size, plan, ids._version)
         return weights, ids
-
-    def __deepcopy__(self, memo: object) -> RoutePlan:
-        return self
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # in another process nothing is loaded yet
 
 
 class PlanOfIds(NamedTuple):
