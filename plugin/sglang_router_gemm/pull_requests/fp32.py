@@ -145,10 +145,6 @@ def edit_utils(text: str) -> str:
     return code_of(with_function_after(module, "cluster_router_gemm_tokens", _HELPER_TEXT))
 
 
-def _or_else(call: str, logits: str, otherwise: str) -> str:
-    return f"{logits} = {call}\nif {logits} is None:\n    {otherwise}\n"
-
-
 def _or_go_on(call: str) -> str:
     return f"logits = {call}\nif logits is not None:\n    return logits\n"
 
@@ -167,38 +163,23 @@ def edit_deepseek_v2(text: str) -> str:
     )
 
 
-def edit_glm4_moe(text: str) -> str:
-    """The gate of GLM-4.5."""
-    own = "logits = F.linear(hidden_states.to(torch.float32), self.weight, None)"
-    new = _or_else(f"{_HELPER}(hidden_states, self)", "logits", own)
-    return _with_helper(
+def _asks_first(
+    class_name: str, own: str, neighbour: str, gate: str = "self", times: int = 1
+) -> Callable[[str], str]:
+    """The edit of a class whose own product comes second, where the kernel does not serve.
+
+    Args:
+        own: the statement that multiplies, an assignment.
+        neighbour: the module before whose import the helper's comes.
+        gate: what has the weight.
+        times: how often the statement is there.
+    """
+    logits = own.partition(" =")[0].partition(",")[0]
+    new = f"{logits} = {_HELPER}(hidden_states, {gate})\nif {logits} is None:\n    {own}\n"
+    return lambda text: _with_helper(
         text,
         lambda module: with_statement_replaced(
-            _with_import(module, "sglang.srt.models.deepseek_v2"), "Glm4MoeGate", own, new
-        ),
-    )
-
-
-def edit_mimo_v2(text: str) -> str:
-    """The gate of MiMo-V2; its bf16 weights, which it may have too, return before."""
-    own = "logits = F.linear(hidden_states.to(self.dtype), self.weight, None)"
-    new = _or_else(f"{_HELPER}(hidden_states, self)", "logits", own)
-    return _with_helper(
-        text,
-        lambda module: with_statement_replaced(
-            _with_import(module, "sglang.srt.models.mimo_audio"), "MoEGate", own, new
-        ),
-    )
-
-
-def edit_minimax_m2(text: str) -> str:
-    """The block of MiniMax-M2, which casts for its gate: not where the kernel serves."""
-    own = "router_logits, _ = self.gate(hidden_states.to(torch.float32))"
-    new = _or_else(f"{_HELPER}(hidden_states, self.gate)", "router_logits", own)
-    return _with_helper(
-        text,
-        lambda module: with_statement_replaced(
-            _with_import(module, "sglang.srt.runtime_context"), "MiniMaxM2MoE", own, new, times=2
+            _with_import(module, neighbour), class_name, own, new, times=times
         ),
     )
 
@@ -232,10 +213,26 @@ FP32 = PullRequest(
         _OP: _made_of_gates(_OP, _op),
         f"{_MODELS}/deepseek_common/utils.py": edit_utils,
         f"{_MODELS}/deepseek_v2.py": edit_deepseek_v2,
-        f"{_MODELS}/glm4_moe.py": edit_glm4_moe,
+        f"{_MODELS}/glm4_moe.py": _asks_first(
+            "Glm4MoeGate",
+            "logits = F.linear(hidden_states.to(torch.float32), self.weight, None)",
+            "sglang.srt.models.deepseek_v2",
+        ),
         f"{_MODELS}/longcat_flash.py": edit_longcat_flash,
-        f"{_MODELS}/mimo_v2.py": edit_mimo_v2,
-        f"{_MODELS}/minimax_m2.py": edit_minimax_m2,
+        # bf16 weights, which MiMo-V2 may have too, return before.
+        f"{_MODELS}/mimo_v2.py": _asks_first(
+            "MoEGate",
+            "logits = F.linear(hidden_states.to(self.dtype), self.weight, None)",
+            "sglang.srt.models.mimo_audio",
+        ),
+        # Where the kernel serves, the block does not cast for its gate.
+        f"{_MODELS}/minimax_m2.py": _asks_first(
+            "MiniMaxM2MoE",
+            "router_logits, _ = self.gate(hidden_states.to(torch.float32))",
+            "sglang.srt.runtime_context",
+            gate="self.gate",
+            times=2,
+        ),
         _TESTS: _made_of_gates(_TESTS, partial(_patched, _TESTS)),
         _BENCHMARK: _made_of_gates(_BENCHMARK, partial(_patched, _BENCHMARK)),
     },
