@@ -76,8 +76,11 @@ def try_cluster_router_gemm(
     )
     if not fewest <= hidden_states.shape[0] <= most:
         return None
-    if get_exec().deterministic.enable_deterministic_inference:
-        return None
+    try:
+        if get_exec().deterministic.enable_deterministic_inference:
+            return None
+    except ValueError:
+        pass  # no server, as in unit tests
 
     from sglang.kernels.ops.gemm.cluster_router_gemm import cluster_router_gemm
 

@@ -48,7 +48,9 @@ def _takes_warp_routing(router_logits: torch.Tensor, topk_config: TopKConfig) ->
         or topk_config.custom_routing_function is not None
         or topk_config.torch_native
         or has_per_rank_fused_shared_slots(topk_config.num_shared_topk_slots)
+        or fused_topk_deepseek is None  # the kernel has its bits
         or envs.SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK.get()
+        or _SGLANG_EXPERIMENTAL_LORA_OPTI
         or routing_simulation_enabled()
     ):
         return False

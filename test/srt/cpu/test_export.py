@@ -285,6 +285,7 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
     assert table()[256, 7168] == (1, 128)
     assert table()[128, 7168] == (4, 16)
     assert set(table()) <= {(model.num_experts, model.hidden_size) for model in MODELS}
+    assert max(most for _, most in table().values()) <= 128  # the header's kMaxTokens
     taken = {90: Auto("cluster", range(3, 6))}
     models = (
         Model("taken", 64, 1024, taken),
@@ -1274,11 +1275,9 @@ def numbers(output):
     return [each.tolist() for each in (output.topk_weights, output.topk_ids)]
 
 def select(num_tokens=8, num_experts=256, groups=(8, 4), top_k=8, shared=0, dtype=torch.float32,
-           bias_dtype=torch.float32, call={}, wide=False, offset=0, **fields):
+           bias_dtype=torch.float32, call={}, wide=False, **fields):
     torch.manual_seed(num_tokens + num_experts)
     logits = torch.randn(num_tokens, num_experts * (2 if wide else 1))[:, :num_experts].to(dtype)
-    if offset:
-        logits = torch.cat([torch.zeros(offset), logits.flatten()])[offset:].view_as(logits)
     usual = dict(
         top_k=top_k + shared, use_grouped_topk=True, num_expert_group=groups[0],
         topk_group=groups[1], shared_experts=SharedExpertsConfig(num_fused_shared_experts=shared),
@@ -1290,7 +1289,7 @@ def select(num_tokens=8, num_experts=256, groups=(8, 4), top_k=8, shared=0, dtyp
 
 own = numbers(select())
 if PATCHED:
-    topk._is_sm90 = True
+    topk._is_sm90, topk.fused_topk_deepseek = True, "FlashInfer's"
     topk.moe_route_warp = kernel
     topk.get_exec = lambda: SimpleNamespace(deterministic=deterministic)
 
@@ -1332,7 +1331,7 @@ if PATCHED:
         padded=dict(call=dict(num_token_non_padded=torch.tensor(5))),
         more=dict(num_tokens=129), none=dict(num_tokens=0), bf16=dict(dtype=torch.bfloat16),
         bf16_bias=dict(bias_dtype=torch.bfloat16), wide=dict(wide=True), top_6=dict(top_k=6),
-        offset=dict(offset=1), short_bias=dict(correction_bias=torch.zeros(128)),
+        short_bias=dict(correction_bias=torch.zeros(128)),
         groups=dict(groups=(8, 3)), n=dict(num_experts=512), two_shared=dict(shared=2),
         softmax=dict(groups=(None, None), use_grouped_topk=False, scoring_func="softmax"),
         no_bias=dict(correction_bias=None), not_normalised=dict(renormalize=False),
@@ -1356,9 +1355,11 @@ if PATCHED:
     topk.get_exec = before
     with patch.object(topk, "has_per_rank_fused_shared_slots", lambda num_shared: num_shared > 0):
         answer["takes"]["per rank"] = takes(shared=1)
-    topk._is_sm90 = False
-    answer["takes"]["other SM"] = takes()
-    topk._is_sm90 = True
+    for name, value in (
+        ("_is_sm90", False), ("fused_topk_deepseek", None), ("_SGLANG_EXPERIMENTAL_LORA_OPTI", True)
+    ):
+        with patch.object(topk, name, value):
+            answer["takes"][name] = takes()
     seen.clear()
     weights, ids = numbers(select(shared=1))
     answer["shared"] = [ids[0][-1], weights[0][-1], sum(weights[0][:-1]), seen[:]]
@@ -1398,7 +1399,7 @@ def test_the_top_k_takes_the_kernel_where_it_was_measured(
         "no server": deepseek,
     }
     assert {name: each for name, each in found["takes"].items() if each} == expected
-    assert len(found["takes"]) == 34
+    assert len(found["takes"]) == 35
     shared_id, shared_weight, sum_of_weights, seen = found["shared"]
     assert (shared_id, seen) == (256, [[3, 8, 9], [8, 8]])  # captured, and the recorder's
     assert shared_weight == pytest.approx(1 / 2.5)
@@ -1501,6 +1502,25 @@ for num_tokens in (2, 5, 16):
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32
     assert torch.equal(weights[:, :4], 4 * top.values) and (weights[:, 4] == 2).all()
     assert torch.equal(ids[:, :4], top.indices.int() + 1) and (ids[:, 4] == 65).all()
+
+# With all that asks whether it serves.
+from sglang.srt.configs.shared_experts import SharedExpertsConfig
+from sglang.srt.layers.moe import topk
+
+topk._is_sm90, topk.fused_topk_deepseek = True, "FlashInfer's"
+config = topk.TopKConfig(
+    top_k=9, use_grouped_topk=True, num_expert_group=8, topk_group=4, scoring_func="sigmoid",
+    shared_experts=SharedExpertsConfig(num_fused_shared_experts=1), routed_scaling_factor=2.5,
+    correction_bias=torch.randn(256),
+)
+
+def select(logits):
+    return topk.select_experts(torch.zeros(8, 8), logits, config)[:2]
+
+logits = torch.randn(8, 256)
+eager = select(logits)  # what SGLang makes when it is first asked for is there from now on
+assert (eager[1][:, 8] == 256).all()
+assert all(map(torch.equal, torch.compile(select, fullgraph=True)(logits), eager))
 print("right")
 """
 

@@ -358,7 +358,7 @@ template <typename R>
 __global__ void __launch_bounds__(32 * kTokensOfCta) route_kernel(const Arguments args) {
   __shared__ float scores[kTokensOfCta][R::kNumExperts];
   __shared__ int picks[kTokensOfCta][8];
-  const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // ptxas sees that it is one number
+  const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // the same in all lanes: ptxas sees it
   const int token = blockIdx.x * kTokensOfCta + warp;
   prefetch_bias<R>(args.bias);
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_global(uint2& value, const __nv_bfloat16* f
                : "memory");
 }
 
-// 16 bytes of what is read once: the first of L2 to go, and kBytes come from memory at once.
+// 16 bytes of what is read once: L2 may evict it first, and fetches kBytes from memory at once.
 template <int kBytes>
 __device__ __forceinline__ uint4 load_once(const void* from, uint64_t evict_first) {
   static_assert(kBytes == 128 || kBytes == 256, "what L2 can be told to fetch");
@@ -78,6 +78,8 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
+// Reads the clock twice, some tens of cycles. It is 64 bits wide and `start` 32, so that the loop ends
+// at its first test, whatever `cycles` is, but for the seconds until the clock has passed 32 bits.
 __device__ __forceinline__ void spin(unsigned cycles) {
   const unsigned start = clock();
   while (clock() - start < cycles) {
@@ -229,6 +231,7 @@ struct Shape {
   static constexpr int kChunk = kWide || kHiddenSize % 1024 ? 64 : 128;  // K of a warp
   static constexpr int kChunks = kHiddenSize / kChunk;
   static constexpr int kWarps = (kChunks + kRanks - 1) / kRanks, kThreads = 32 * kWarps;
+  static_assert(kThreads <= 1024, "K must be at most 8 * 32 chunks");
   static constexpr int kSlice = kWarps * kChunk;          // K of a CTA
   static constexpr bool kUneven = kChunks % kRanks != 0;  // the last warps have no chunk
   static constexpr int kEach = 16 / sizeof(Weight);    // elements of a lane's load, of four lanes'
@@ -387,7 +390,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   const auto load_tokens = [&](unsigned pass) {
 #pragma unroll
     for (int tile = 0; tile < S::kTokenTiles; ++tile) {
-      // Past M comes the last row once more, whose sums nobody asks for.
+      // Past M the last row is loaded again; its sums are not stored.
       const unsigned token = min(pass * S::kTokens + tile * 8 + row, num_tokens - 1);
       const __nv_bfloat16* token_at = hidden_states + (token * S::kHiddenSize + column);
 #pragma unroll
@@ -398,7 +401,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   };
 
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  // Half of the weights, which come from afar, then the tokens, which come from L2: behind all of
+  // Half of the weights, which come from memory, then the tokens, which come from L2: behind all of
   // the weights they would wait for the load unit.
   load_weights(0, kWeightLoads / 2);
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -407,7 +410,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
     barrier_init(base + S::kBarrier);
   }
   __syncwarp();
-  // A push needs the barrier of its target: hence the wait below, long since over when it is asked.
+  // A push needs the barrier of its target. All have arrived long before the wait for it, below.
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   // The next kernel may be scheduled from here on; it waits for the end of this one by itself.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -47,9 +47,7 @@ def can_route_warp(
         and num_shared in (0, 1)
         and bias.shape == logits.shape[1:]
         and all(
-            each.dtype == torch.float32
-            and each.is_contiguous()
-            and each.storage_offset() % 4 == 0  # 16 bytes
+            each.dtype == torch.float32 and each.is_contiguous()
             for each in (logits, bias)
         )
     )

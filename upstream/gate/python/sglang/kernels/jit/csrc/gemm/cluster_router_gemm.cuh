@@ -8,6 +8,7 @@
 #include <sgl_kernel/utils.cuh>
 
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
 
 #include <cstdint>
 
@@ -58,6 +59,7 @@ struct ClusterRouterGemmKernel {
   static void
   launch(DLDevice device, const bf16_t* hidden_states, const bf16_t* weight, fp32_t* logits, int num_tokens) {
     constexpr auto kernel = router_gemm::cluster_router_gemm_kernel<S, kUsePDL>;
+    const tvm::ffi::CUDADeviceGuard guard(device.device_id);  // the attribute is set on the current one
     // The same for every call: it is a state of the kernel that all threads share.
     host::runtime::set_max_dynamic_smem_per_device<kernel>(device, S::shared_bytes(kMostTokens));
     host::LaunchKernel(kNumExperts / kExperts * router_gemm::kRanks, S::kThreads, device, S::shared_bytes(num_tokens))

@@ -7,6 +7,7 @@
 #include <sgl_kernel/utils.cuh>
 
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
 
 #include <cstdint>
 #include <limits>
@@ -54,6 +55,7 @@ struct RouteWarpKernel {
         .scale = scale,
         .shared_weight = static_cast<fp32_t>(shared_weight),
     };
+    const tvm::ffi::CUDADeviceGuard guard(device.unwrap().device_id);
     constexpr int kTokens = route_warp::kTokensOfCta;
     constexpr auto kernel = route_warp::route_kernel<R, kUsePDL>;
     LaunchKernel((num_tokens + kTokens - 1) / kTokens, 32 * kTokens, device.unwrap()).enable_pdl(kUsePDL)(kernel, args);
