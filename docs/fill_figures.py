@@ -52,9 +52,9 @@ FLASHINFER = "FlashInfer"
 SGLANG_ROUTE, OWN_ROUTE = "SGLang", "ours: route"
 GROUPED_ROUTE, UNGROUPED_ROUTE = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
 RANKS = ROOT / "benchmark" / "server" / "results"
-# The pull requests for SM 90 in one server.
-ROUTING_BENCHMARK = "bench_moe_route_warp_h200.json"
+# The pull requests for SM 90 in one server, and what the benchmark of the routing's printed.
 EXPORTED_RUN = "dsv3_exported_h200_0.5.23.json"
+ROUTING_BENCHMARK = "bench_moe_route_warp_h200.json"
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
 # What SGLang 0.5.23's gates with fp32 weights call: enable_tf32_matmul is set for these models.

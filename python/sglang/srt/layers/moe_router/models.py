@@ -68,11 +68,11 @@ _BLACKWELL = Auto("flashinfer", range(1, 17))
 _UNGROUPED = Route(1, 1, 8, auto={90: "2026-11-30"})
 
 
-def _cluster(fewest: int, most: int, measured: str = "2026-11-30") -> Mapping[int, Auto]:
+def _cluster(fewest: int, most: int, measured: str) -> Mapping[int, Auto]:
     return {90: Auto("cluster", range(fewest, most + 1), measured)}
 
 
-_EVERY_M = _cluster(1, 128)
+_EVERY_M = _cluster(1, 128, "2026-11-30")
 
 # SM 90: docs/kernel.md. With fewer bytes of weights SGLang's own is faster at the smallest M.
 MODELS: tuple[Model, ...] = (
@@ -96,7 +96,7 @@ MODELS: tuple[Model, ...] = (
     Model("MiMo-V2-Flash", 256, 4096, _EVERY_M, dtype=torch.float32),
     Model("Hy4", 256, 2816, _EVERY_M, dtype=torch.float32),
     # From M = 64 on SGLang calls the package hpc, where that is installed; it was not measured.
-    Model("LongCat-Flash", 768, 6144, _cluster(1, 63), dtype=torch.float32),
+    Model("LongCat-Flash", 768, 6144, _cluster(1, 63, "2026-11-30"), dtype=torch.float32),
     Model("Qwen3-235B", 128, 4096, _EVERY_M, logits_dtype=torch.bfloat16),
     Model("Qwen3-30B", 128, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
     Model("Qwen3-Next", 512, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
