@@ -23,7 +23,7 @@ from router_gemm_benchmark import how_to_call  # noqa: E402
 try:
     import torch
     from router_gemm_benchmark.providers import CUBLAS, FP32_LINEAR, LINEAR, TF32_LINEAR
-    from router_gemm_benchmark.report import headline_mode, mode_table, plot_stem
+    from router_gemm_benchmark.report import form_of, headline_mode, mode_table, plot_stem
     from tabulate import tabulate
 
     import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
@@ -172,9 +172,8 @@ def gates(runs: Sequence[Results]) -> str:
     """µs of a call of each gate, and its peers'."""
     rows = []
     for run in runs:
-        dtypes = getattr(torch, run["weight"]), getattr(torch, run["logits"])
         shape = run["num_experts"], run["hidden_size"]
-        gate = str(Target(torch.device("cuda"), None, *shape, *dtypes, run["bias"]))
+        gate = str(Target(torch.device("cuda"), None, *shape, *form_of(run)))
         for m in run["num_tokens"]:
             us = {
                 each["provider"]: each["median_us"]

@@ -353,7 +353,7 @@ def import_first(checkout: Path) -> dict[str, str]:
     python = checkout.resolve() / "python"
     if not (python / "sglang").is_dir():
         raise SystemExit(f"--checkout is {checkout}, must have python/sglang")
-    return {"PYTHONPATH": os.pathsep.join([str(python), os.environ.get("PYTHONPATH", "")])}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(python), os.getenv("PYTHONPATH")]))}
 
 
 def main() -> int:
@@ -385,8 +385,11 @@ def main() -> int:
     batch_sizes = sorted(set(arguments.batch_sizes))
     extra = ["--mem-fraction-static", "0.9", "--max-total-tokens", "65536"]
     extra += [*graph_options(batch_sizes), *arguments.server_options]
-    first = EXPORTED if arguments.checkout else arguments.backend
-    variables = {EXPORTED: import_first(arguments.checkout)} if arguments.checkout else {}
+    runs: list[tuple[str, str, dict[str, str]]]  # the name, the setting, other variables
+    if arguments.checkout:
+        runs = [(EXPORTED, "off", import_first(arguments.checkout)), ("off", "off", {})]
+    else:
+        runs = [(arguments.backend, arguments.backend, {}), ("off", "off", {})]
     log_lines: list[str] = []
     results: Results = {
         "model": arguments.model,
@@ -402,7 +405,7 @@ def main() -> int:
         model = Path(folder, "model")
         model.mkdir()
         (model / "config.json").write_text(json.dumps(rank.config, indent=2))
-        for backend in (first, "off"):
+        for backend, setting, variables in runs:
             log = arguments.output_dir / f"server_{backend}.log"
             futures: dict[str, Future[Trace]] = {}
 
@@ -415,8 +418,7 @@ def main() -> int:
                 }
                 return save(results, arguments.output_dir)
 
-            setting = "off" if arguments.checkout else backend
-            given = model, log, arguments.port, setting, extra, variables.get(backend, {})
+            given = model, log, arguments.port, setting, extra, variables
             with running(*given, launcher=[str(SPREAD)]) as server:
                 results["command"] = server.shown_command
                 print(f"{backend}: up after {server.wait():.0f} s", flush=True)

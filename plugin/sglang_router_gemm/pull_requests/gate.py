@@ -6,6 +6,7 @@ import libcst as cst
 import torch
 
 from sglang.srt.layers.moe_router.cluster_router_gemm import SOURCE
+from sglang.srt.layers.moe_router.kernel import Form
 from sglang.srt.layers.moe_router.models import MODELS
 from sglang_router_gemm.pull_requests.edits import (
     with_function_after,
@@ -74,8 +75,7 @@ def taken(weight: torch.dtype = torch.bfloat16) -> dict[tuple[int, int], tuple[s
     rows: dict[tuple[int, int], tuple[str, range]] = {}
     for model in MODELS:
         shape, auto = (model.num_experts, model.hidden_size), model.auto.get(SM)
-        same = model.gate == (*shape, weight, torch.float32, False)
-        if same and auto is not None and auto.backend == "cluster":
+        if model.form == Form(weight) and auto is not None and auto.backend == "cluster":
             rows.setdefault(shape, (model.name, auto.num_tokens))  # the first of its shape
     return rows
 

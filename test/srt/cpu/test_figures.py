@@ -16,7 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "docs"))  # as where the script is run as a file
 
-import fill_figures  # noqa: E402
+import fill_figures  # noqa: E402  makes the benchmark importable
+from router_gemm_benchmark.report import form_of  # noqa: E402
 
 from sglang.srt.layers.moe_router.backends import BACKENDS  # noqa: E402
 from sglang.srt.layers.moe_router.environ import CHOICES  # noqa: E402
@@ -230,12 +231,8 @@ def _results_of_gates() -> dict[tuple[object, ...], list[dict[str, Any]]]:
     for folder in ("cluster", "gates"):
         for path in sorted((BENCHMARKS / folder).glob("h?00*.json")):
             run = json.loads(path.read_text())
-            dtypes = (
-                getattr(torch, run.get("weight", "bfloat16")),
-                getattr(torch, run.get("logits", "float32")),
-            )
-            shape = run["num_experts"], run["hidden_size"]
-            found.setdefault((*shape, *dtypes, run.get("bias", False)), []).append(run)
+            gate = run["num_experts"], run["hidden_size"], *form_of(run)
+            found.setdefault(gate, []).append(run)
     return found
 
 

@@ -7,22 +7,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from environments import copy_sglang
 
 import sglang
 from sglang.srt.layers.moe_router import cluster_router_gemm
 from sglang.srt.layers.moe_router.kernel import Target
-from sglang.srt.layers.moe_router.models import MODELS
-from sglang_router_gemm.export import run as export
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(find_spec("libcst") is None, reason="the export needs libcst"),
-]
+pytest.importorskip("libcst", reason="the export needs it")
+
+from sglang_router_gemm.export import run as export
+from sglang_router_gemm.pull_requests.gate import taken
+
+pytestmark = pytest.mark.gpu
 
 # fp32 edits what gate has written.
 ORDER = ("gate", "fp32", "routing")
@@ -33,9 +33,7 @@ NUM_TOKENS = (1, 7, 8, 9, 16, 17, 32, 64, 128)
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The installed SGLang as an unpacked sdist, with the pull requests for SM 90."""
     folder = tmp_path_factory.mktemp("exported")
-    (package,) = sglang.__path__
-    unused = shutil.ignore_patterns("multimodal_gen", "__pycache__")
-    shutil.copytree(package, folder / "python" / "sglang", ignore=unused)
+    copy_sglang(folder / "python")
     for name in ORDER:
         assert export(folder, name) == 0
     yield folder
@@ -104,11 +102,8 @@ torch.save({"op": found, "gate": logits(by_gate, deepseek_v3)}, result)
 
 
 def test_op_and_gate_have_the_bits_of_this_projects(exported: Path, tmp_path: Path) -> None:
-    gates = {
-        (model.num_experts, model.hidden_size, model.dtype)
-        for model in MODELS
-        if 90 in model.auto and model.logits_dtype == torch.float32 and not model.bias
-    }
+    dtypes = torch.bfloat16, torch.float32
+    gates = [(*shape, dtype) for dtype in dtypes for shape in taken(dtype)]
     generator = torch.Generator().manual_seed(0)
     operands = {
         gate: (

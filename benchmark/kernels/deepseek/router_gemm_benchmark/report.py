@@ -24,7 +24,7 @@ import json
 import re
 import subprocess
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def driver_version() -> str | None:
     return next(iter(output.stdout.split()), None)
 
 
-def form_of(results: Results) -> Form:
+def form_of(results: Mapping[str, Any]) -> Form:
     """The form that was measured."""
     dtype, logits_dtype = results.get("weight", "bfloat16"), results.get("logits", "float32")
     return Form(getattr(torch, dtype), getattr(torch, logits_dtype), results.get("bias", False))
