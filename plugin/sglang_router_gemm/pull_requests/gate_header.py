@@ -270,11 +270,11 @@ struct ClusterRouterGemmKernel {
     (
         """\
         .with_dtype<bf16_t>()
-        .with_device(device)
+        .with_device<kDLCUDA>(device)
 """,
         """\
         .with_dtype<Weight>()
-        .with_device(device)
+        .with_device<kDLCUDA>(device)
 """,
     ),
     (

@@ -92,12 +92,12 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize(
     "spoil,said",
     [
-        (lambda x, w: (x.float(), w), "DType mismatch"),
-        (lambda x, w: (x, w.float()), "DType mismatch"),
+        (lambda x, w: (x.float(), w), "Dtype value"),
+        (lambda x, w: (x, w.float()), "Dtype value"),
         (lambda x, w: (x[:, :-64], w), "Size mismatch"),
         (lambda x, w: (x.t().contiguous().t(), w), "not contiguous"),
         (lambda x, w: (x, w.t().contiguous().t()), "not contiguous"),
-        (lambda x, w: (x.cpu(), w), "Device value"),
+        (lambda x, w: (x.cpu(), w), "Device mismatch"),
         (lambda x, w: (x.repeat(65, 1), w), "num_tokens is 130, must be at most 128"),
     ],
 )

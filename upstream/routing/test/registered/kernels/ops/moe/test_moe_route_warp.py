@@ -160,11 +160,11 @@ OF_DEEPSEEK = {"num_groups": 8, "top_groups": 4, "top_k": 8}
 @pytest.mark.parametrize(
     "spoil,said",
     [
-        (lambda logits, bias: (logits.bfloat16(), bias), "DType mismatch"),
-        (lambda logits, bias: (logits, bias.bfloat16()), "DType mismatch"),
+        (lambda logits, bias: (logits.bfloat16(), bias), "Dtype value"),
+        (lambda logits, bias: (logits, bias.bfloat16()), "Dtype value"),
         (lambda logits, bias: (logits, bias[:-32]), "Size mismatch"),
         (lambda logits, bias: (logits.t().contiguous().t(), bias), "not contiguous"),
-        (lambda logits, bias: (logits.cpu(), bias), "Device value"),
+        (lambda logits, bias: (logits.cpu(), bias), "Device mismatch"),
     ],
 )
 def test_what_it_does_not_take_raises(spoil: Callable[..., Any], said: str) -> None:

@@ -32,13 +32,12 @@ struct ClusterRouterGemmKernel {
 
     auto M = SymbolicSize{"num_tokens"};
     auto device = SymbolicDevice{};
-    device.set_options<kDLCUDA>();
-    TensorMatcher({M, kHiddenSize}).with_dtype<bf16_t>().with_device(device).ensure_alignment(16).verify(hidden_states);
     TensorMatcher({kNumExperts, kHiddenSize})
         .with_dtype<bf16_t>()
-        .with_device(device)
+        .with_device<kDLCUDA>(device)
         .ensure_alignment(16)
         .verify(weight);
+    TensorMatcher({M, kHiddenSize}).with_dtype<bf16_t>().with_device(device).ensure_alignment(16).verify(hidden_states);
     TensorMatcher({M, kNumExperts}).with_dtype<fp32_t>().with_device(device).ensure_alignment(16).verify(logits);
     const auto num_tokens = M.unwrap();
     if (num_tokens == 0) return;

@@ -37,9 +37,8 @@ struct RouteWarpKernel {
 
     auto M = SymbolicSize{"num_tokens"};
     auto device = SymbolicDevice{};
-    device.set_options<kDLCUDA>();
+    TensorMatcher({kNumExperts}).with_dtype<fp32_t>().with_device<kDLCUDA>(device).ensure_alignment(16).verify(bias);
     TensorMatcher({M, kNumExperts}).with_dtype<fp32_t>().with_device(device).ensure_alignment(16).verify(logits);
-    TensorMatcher({kNumExperts}).with_dtype<fp32_t>().with_device(device).ensure_alignment(16).verify(bias);
     TensorMatcher({M, R::kColumns}).with_dtype<fp32_t>().with_device(device).verify(weights);
     TensorMatcher({M, R::kColumns}).with_dtype<int32_t>().with_device(device).verify(ids);
     const auto num_tokens = M.unwrap();
