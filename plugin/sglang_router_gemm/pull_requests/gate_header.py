@@ -267,16 +267,7 @@ struct ClusterRouterGemmKernel {
 
 """,
     ),
-    (
-        """\
-        .with_dtype<bf16_t>()
-        .with_device<kDLCUDA>(device)
-""",
-        """\
-        .with_dtype<Weight>()
-        .with_device<kDLCUDA>(device)
-""",
-    ),
+    (".with_dtype<bf16_t>()\n", ".with_dtype<Weight>()\n"),
     (
         "static_cast<const bf16_t*>(weight.data_ptr())",
         "static_cast<const Weight*>(weight.data_ptr())",

@@ -34,7 +34,7 @@ struct ClusterRouterGemmKernel {
     auto device = SymbolicDevice{};
     TensorMatcher({kNumExperts, kHiddenSize})
         .with_dtype<bf16_t>()
-        .with_device<kDLCUDA>(device)
+        .template with_device<kDLCUDA>(device)
         .ensure_alignment(16)
         .verify(weight);
     TensorMatcher({M, kHiddenSize}).with_dtype<bf16_t>().with_device(device).ensure_alignment(16).verify(hidden_states);
