@@ -174,6 +174,15 @@ constexpr int kChains = 4;  // of sums, which do not wait for each other
         ("kWide || kHiddenSize", "kHiddenSize"),
         ("kEach = 16 / sizeof(Weight);", "kEach = 8;"),
         ("  static constexpr int kTerms = kWide ? 3 : 1;         // bf16 of a weight\n", ""),
+        (
+            """\
+  // With fp32 weights and N above 512 the wide tiles are not all resident at once. Up to M = 8 the
+  // registers are enough for two narrow ones an SM, beyond that not (docs/kernel.md).
+  static constexpr int kExpertsOfFew = sizeof(Weight) == 4 && kNumExperts > 512 ? 16 : kExperts;
+""",
+            "",
+        ),
+        ("kTokens == 8 ? kExpertsOfFew : kExperts", "kExperts"),
         # What a lane holds.
         (
             """\
@@ -230,6 +239,7 @@ _ANY_WEIGHTS = _Rules(
 """,
         ),
         ("// bf16_t or float", "// bf16_t or fp32_t"),
+        (" (docs/kernel.md)", ""),
     ),
 )
 

@@ -40,10 +40,14 @@ constexpr const char* kName = "cluster_router_gemm";
 // A wide tile has fewer CTAs read each token; with N below 256 it would leave too few of them to
 // keep the memory busy.
 constexpr int kExperts = kNumExperts < 256 || kNumExperts % 32 != 0 ? 16 : 32;
+// With fp32 weights and N above 512 the wide tiles are not all resident at once. Up to M = 8 the
+// registers are enough for two narrow ones an SM, beyond that not (docs/kernel.md).
+constexpr int kExpertsOfFew = sizeof(Weight) == 4 && kNumExperts > 512 ? 16 : kExperts;
 
 template <int kTokens, bool kManyPasses>
 using ShapeOf =
-    Shape<Weight, kNumExperts, kHiddenSize, kExperts, kTokens, kManyPasses, Logits, kBias>;
+    Shape<Weight, kNumExperts, kHiddenSize, kTokens == 8 ? kExpertsOfFew : kExperts, kTokens,
+          kManyPasses, Logits, kBias>;
 using Few = ShapeOf<8, false>;
 using Some = ShapeOf<16, false>;
 using Many = ShapeOf<16, true>;

@@ -78,11 +78,9 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// Reads the clock twice, some tens of cycles. It is 64 bits wide and `start` 32, so that the loop ends
-// at its first test, whatever `cycles` is, but for the seconds until the clock has passed 32 bits.
 __device__ __forceinline__ void spin(unsigned cycles) {
   const unsigned start = clock();
-  while (clock() - start < cycles) {
+  while (static_cast<unsigned>(clock()) - start < cycles) {
   }
 }
 

@@ -61,7 +61,7 @@ struct ClusterRouterGemmKernel {
     const tvm::ffi::CUDADeviceGuard guard(device.device_id);  // the attribute is set on the current one
     // The same for every call: it is a state of the kernel that all threads share.
     host::runtime::set_max_dynamic_smem_per_device<kernel>(device, S::shared_bytes(kMostTokens));
-    host::LaunchKernel(kNumExperts / kExperts * router_gemm::kRanks, S::kThreads, device, S::shared_bytes(num_tokens))
+    host::LaunchKernel(kNumExperts / S::kExperts * router_gemm::kRanks, S::kThreads, device, S::shared_bytes(num_tokens))
         .enable_pdl(kUsePDL)(kernel, weight, hidden_states, logits, static_cast<unsigned>(num_tokens));
   }
 };
