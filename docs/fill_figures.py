@@ -52,8 +52,9 @@ FLASHINFER = "FlashInfer"
 SGLANG_ROUTE, OWN_ROUTE = "SGLang", "ours: route"
 GROUPED_ROUTE, UNGROUPED_ROUTE = "FlashInfer fused_topk_deepseek", "SGLang Triton moe_fused_gate"
 RANKS = ROOT / "benchmark" / "server" / "results"
-# The pull requests for SM 90 in one server, and what the benchmark of the routing's printed.
+# The pull requests for SM 90 in one server, and what their own benchmarks printed.
 EXPORTED_RUN = "dsv3_exported_h200_0.5.23.json"
+GEMM_BENCHMARK, GEMM_NUM_TOKENS = "bench_cluster_router_gemm_h200.json", (1, 8, 16, 64, 128)
 ROUTING_BENCHMARK = "bench_moe_route_warp_h200.json"
 # Up to which M SGLang 0.5.23's MoEGate calls it.
 TINY_GEMM_MAX_NUM_TOKENS = 16
@@ -294,26 +295,28 @@ def pr_flashinfer_accuracy(runs: Sequence[Results]) -> str:
 
 
 def _accuracy(runs: Iterable[tuple[Results, str, Mapping[str, str]]]) -> str:
-    """The worst M of each run's kernels, by provider and what it is called, against fp64."""
-    rows = []
+    """The worst M of a GPU's kernels, by provider and what it is called, against fp64."""
+    checks: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    changes: dict[tuple[str, str, str], list[int]] = {}
     for run, model, names in runs:
         for provider, name in names.items():
-            checks = [each for each in run["accuracy"] if each["provider"] == provider]
-            changes = run["bits_change_at"].get(provider)
-            if checks:
-                rows.append(
-                    (
-                        run["gpu"],
-                        f"{model}{run['num_experts']} x {run['hidden_size']}",
-                        name,
-                        *(
-                            f"{max(each['relative'][kind] for each in checks):.0e}"
-                            for kind in ("random", "scale", "hot")
-                        ),
-                        f"{100 * min(each['top8_agreement'] for each in checks):.1f} %",
-                        f"no, at M = {', '.join(map(str, changes))}" if changes else "yes",
-                    )
-                )
+            row = run["gpu"], f"{model}{run['num_experts']} x {run['hidden_size']}", name
+            of_run = [each for each in run["accuracy"] if each["provider"] == provider]
+            if of_run:
+                checks.setdefault(row, []).extend(of_run)
+                changes.setdefault(row, []).extend(run["bits_change_at"].get(provider, ()))
+    rows = [
+        (
+            *row,
+            *(
+                f"{max(each['relative'][kind] for each in of_row):.0e}"
+                for kind in ("random", "scale", "hot")
+            ),
+            f"{100 * min(each['top8_agreement'] for each in of_row):.1f} %",
+            f"no, at M = {', '.join(map(str, changes[row]))}" if changes[row] else "yes",
+        )
+        for row, of_row in checks.items()
+    ]
     headers = ("GPU", "N x K", "kernel", "random", "scale", "hot", "same top 8", "batch-invariant")
     return _github(rows, headers) if rows else NO_RESULTS
 
@@ -386,6 +389,29 @@ def pr_rank(run: Results | None) -> str:
     with_all = f"with {', '.join(run['pull_requests'])}"
     headers = ("batch", "step now", with_all, "shorter", "norm to experts now", with_all)
     return _github(rows, headers)
+
+
+def pr_gemm_benchmark(run: Results | None, weight: torch.dtype = torch.bfloat16) -> str:
+    """What the pull request's own benchmark measured of the gates that it takes."""
+    if run is None:
+        return NO_RESULTS
+    taken = pr_gate.taken(weight)
+    rows = []
+    for each in run["rows"]:
+        shape, m = (each["num_experts"], each["hidden_size"]), each["num_tokens"]
+        if each["weight"] != dtype_name(weight) or m not in GEMM_NUM_TOKENS:
+            continue
+        model, num_tokens = taken[shape]
+        if m not in num_tokens:
+            continue
+        if weight == torch.float32:
+            now = "cublas_tf32" if model in TF32_MODELS else "cublas"
+        else:
+            now = "tiny_gemm" if m <= TINY_GEMM_MAX_NUM_TOKENS else "cublas"
+        before, ours = each[f"{now}_us"], each["cluster_us"]
+        gate = f"{model}, {shape[0]} x {shape[1]}"
+        rows.append((gate, str(m), now, f"{before:.2f}", f"{ours:.2f}", f"{before / ours:.2f}"))
+    return _github(rows, ("gate, N x K", "M", "runs now", "now", "this PR", "now / this PR"))
 
 
 def pr_routing_benchmark(run: Results | None) -> str:
@@ -472,6 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = [run for run in _load(cluster) if run.get("timings")]
     headline_run = cluster / HEADLINE_RUN
     other_gates = _load(arguments.benchmarks / "gates")
+    gemms = _read(arguments.benchmarks / "pull_requests" / GEMM_BENCHMARK)
     prototypes = _load(arguments.benchmarks / "fp32")
     measured = {
         (run["num_experts"], run["hidden_size"])
@@ -492,9 +519,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pr_flashinfer_not_measured": pr_flashinfer_not_measured(benchmarks),
         "pr_flashinfer_speed": pr_flashinfer_speed(benchmarks),
         "pr_fp32_accuracy": pr_fp32_accuracy(other_gates),
+        "pr_fp32_benchmark": pr_gemm_benchmark(gemms, torch.float32),
         "pr_fp32_not_measured": pr_not_measured(other_gates, torch.float32),
         "pr_fp32_speed": pr_fp32_speed(other_gates),
         "pr_gate_accuracy": pr_gate_accuracy(benchmarks + other_gates),
+        "pr_gate_benchmark": pr_gemm_benchmark(gemms),
         "pr_gate_not_measured": pr_not_measured(benchmarks + other_gates, torch.bfloat16),
         "pr_gate_speed": pr_gate_speed(benchmarks + other_gates),
         "pr_rank": pr_rank(_read(RANKS / EXPORTED_RUN)),

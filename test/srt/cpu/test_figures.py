@@ -86,8 +86,8 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
         if (each["provider"], each["num_tokens"]) == ("FlashInfer", 3):
             each["relative"]["scale"] = 0.00123
     (benchmarks / "cluster" / "b200.json").write_text(json.dumps(run))
-    other_shape = run | {"num_experts": 384}
-    (benchmarks / "cluster" / "b200_n384_k7168.json").write_text(json.dumps(other_shape))
+    other_shape = run | {"num_experts": 128}
+    (benchmarks / "cluster" / "b200_n128_k7168.json").write_text(json.dumps(other_shape))
     originals = (SPEED, PR, OTHER_PR)
     texts = [Path(shutil.copy(text, tmp_path)) for text in originals]
     assert _fill("--texts", *texts, "--benchmarks", benchmarks) == 0
@@ -95,10 +95,11 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     assert speed.count("### NVIDIA B200") == 1  # DeepSeek-V3's shape alone
     assert "(../benchmark/kernels/deepseek/results/cluster/b200_chain.png)" in speed
     assert "### NVIDIA H200" not in speed
-    assert "| NVIDIA B200 | DeepSeek-V3, 256 x 7168 | 64  | cuBLAS fp32      | 7.30  | 0.50 " in pr
-    assert "| Kimi-K2, 384 x 7168     | 64 " not in pr  # only up to 16
+    assert "| NVIDIA B200 | DeepSeek-V3, 256 x 7168     | 64  | cuBLAS fp32      | 7.30  | 0.50 " in pr
+    assert "| Mistral Large 3, 128 x 7168 | 4 " in pr
+    assert "| Mistral Large 3, 128 x 7168 | 2 " not in pr  # only from 4 on
     assert "- Measured on: NVIDIA B200. " in pr
-    assert "- On NVIDIA B200: not the gates of Mistral Large 3, GLM-5, " in pr
+    assert "- On NVIDIA B200: not the gates of Kimi-K2, GLM-5, " in pr
     assert "| 1e-03" in other_pr
     assert "- On Blackwell, it was timed on: NVIDIA B200." in other_pr
     assert "No Blackwell GPU" not in other_pr

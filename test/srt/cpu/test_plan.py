@@ -56,10 +56,10 @@ def test_auto_takes_flashinfer_on_blackwell(sm: int) -> None:
     ("num_experts", "hidden_size", "first", "last"),
     [
         (256, 7168, 1, 128),
-        (384, 7168, 1, 16),
-        (256, 6144, 1, 16),
-        (160, 5120, 2, 16),
-        (128, 7168, 4, 16),
+        (384, 7168, 1, 128),
+        (256, 6144, 1, 128),
+        (160, 5120, 2, 128),
+        (128, 7168, 4, 128),
     ],
 )
 def test_auto_takes_cluster_on_hopper(
@@ -222,7 +222,7 @@ def test_the_ranges_as_text() -> None:
     assert decided("cluster", HOPPER).ranges() == [("1-128", "cluster"), ("129+", None)]
     assert decided("off", HOPPER).ranges() == [("1+", None)]
     mistral = decided("auto", HOPPER._replace(num_experts=128))
-    assert mistral.ranges() == [("1-3", None), ("4-16", "cluster"), ("17+", None)]
+    assert mistral.ranges() == [("1-3", None), ("4-128", "cluster"), ("129+", None)]
 
 
 def test_the_table_of_models_is_one() -> None:

@@ -173,7 +173,7 @@ def test_no_tokens(row_step: int) -> None:
 
 def test_auto_takes_it_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "auto")
-    served = {256: range(1, 129), 384: range(1, 17), 128: range(4, 17), 64: range(0)}
+    served = {256: range(1, 129), 384: range(1, 129), 128: range(4, 129), 64: range(0)}
     for num_experts, num_tokens_served in served.items():
         weight = torch.randn(num_experts, 7168, dtype=torch.bfloat16, device="cuda")
         gate = gate_with(weight)
