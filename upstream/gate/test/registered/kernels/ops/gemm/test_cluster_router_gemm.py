@@ -101,7 +101,7 @@ def test_no_tokens() -> None:
         (lambda x, w: (x.repeat(65, 1), w), "num_tokens is 130, must be at most 128"),
     ],
 )
-def test_what_it_does_not_take_raises(spoil: Callable, said: str) -> None:
+def test_what_it_does_not_take(spoil: Callable[..., Operands], said: str) -> None:
     hidden_states, weight = spoil(*operands(2))
     with pytest.raises(RuntimeError, match=said):
         cluster_router_gemm(hidden_states, weight)
@@ -111,7 +111,7 @@ def test_what_it_does_not_take_raises(spoil: Callable, said: str) -> None:
 
 
 @triton.jit
-def copy_after_trigger(source, to, BLOCK: tl.constexpr):
+def copy_after_trigger(source: tl.tensor, to: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Lets the next kernel start, and 5 us later writes what it reads.
 
     On few SMs: beside it there must be room for clusters."""

@@ -175,7 +175,7 @@ def test_what_it_does_not_take_raises(spoil: Callable[..., Any], said: str) -> N
 
 
 @triton.jit
-def copy_after_trigger(source, to, BLOCK: tl.constexpr):
+def copy_after_trigger(source: tl.tensor, to: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Lets the next kernel start, and 5 us later writes what it reads."""
     tl.extra.cuda.gdc_launch_dependents()
     start = tl.extra.cuda.globaltimer()
