@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "docs"))  # as where the script is run as a file
 
 import fill_figures  # noqa: E402  makes the benchmark importable
 from router_gemm_benchmark.report import form_of  # noqa: E402
+from tables import NO_RESULTS  # noqa: E402
 
 from sglang.srt.layers.moe_router.backends import BACKENDS  # noqa: E402
 from sglang.srt.layers.moe_router.environ import CHOICES  # noqa: E402
@@ -95,9 +96,11 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     assert speed.count("### NVIDIA B200") == 1  # DeepSeek-V3's shape alone
     assert "(../benchmark/kernels/deepseek/results/cluster/b200_chain.png)" in speed
     assert "### NVIDIA H200" not in speed
-    assert "DeepSeek-V3, 256 x 7168     | 64  | cuBLAS fp32      | 7.30  | 0.50 " in pr
-    assert "| Mistral Large 3, 128 x 7168 | 4 " in pr
-    assert "| Mistral Large 3, 128 x 7168 | 2 " not in pr  # only from 4 on
+    speeds = {tuple(row[:2]): row[2:] for row in _rows(pr.split("pr_gate_speed:")[1])}
+    deepseek_v3 = speeds["NVIDIA B200", "DeepSeek-V3, 256 x 7168"]
+    assert (deepseek_v3[0], deepseek_v3[6]) == ("2.32 → 0.50", "7.30 → 0.50")  # M = 1, 64
+    mistral = speeds["NVIDIA B200", "Mistral Large 3, 128 x 7168"]
+    assert mistral[:3] == ["", "", "2.99 → 0.50"]  # taken from M = 4 on
     assert "- Measured on: NVIDIA B200. " in pr
     assert "- On NVIDIA B200: not the gates of Kimi-K2, GLM-5, " in pr
     assert "| 1e-03" in other_pr
@@ -107,10 +110,11 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
 
 def test_fp32_weights_are_compared_with_what_the_server_runs(tmp_path: Path) -> None:
     text = _filled(tmp_path / "text.md", "pr_fp32_speed")
-    rows = {(row[1].partition(",")[0], row[2]): row[3:] for row in _rows(text)[2:]}
-    for shape, model, provider, called in (
-        ("n160_k5120", "GLM-4.5", "SGLang TF32 F.linear", "cuBLAS TF32"),
-        ("n256_k4096", "MiMo-V2-Flash", "SGLang fp32 F.linear", "cuBLAS fp32"),
+    rows = {row[1].partition(",")[0]: row[2:] for row in _rows(text)[2:]}
+    others = _rows(_filled(tmp_path / "others.md", "pr_fp32_others"))
+    for shape, model, provider in (
+        ("n160_k5120", "GLM-4.5", "SGLang TF32 F.linear"),
+        ("n256_k4096", "MiMo-V2-Flash", "SGLang fp32 F.linear"),
     ):
         run = json.loads((BENCHMARKS / f"gates/h200_{shape}_fp32.json").read_text())
         us = {
@@ -118,13 +122,11 @@ def test_fp32_weights_are_compared_with_what_the_server_runs(tmp_path: Path) -> 
             for each in run["timings"]
             if (each["mode"], each["num_tokens"]) == ("chain", 8)
         }
-        ours = us["ours: cluster"]
-        ratio = f"{us[provider] / ours:.2f}"
-        tiny_gemm = f"{us['SGLang tiny_gemm']:.2f} tiny_gemm"
-        expected = [called, f"{us[provider]:.2f}", f"{ours:.2f}", ratio, tiny_gemm]
-        assert rows[model, "8"] == expected
-    assert ("LongCat-Flash", "32") in rows
-    assert ("LongCat-Flash", "64") not in rows
+        assert rows[model][1] == f"{us[provider]:.2f} → {us['ours: cluster']:.2f}"  # M = 8
+        (row,) = (row for row in others if row[1].startswith(f"{model}, "))
+        assert row[3] == f"{us['SGLang tiny_gemm']:.2f} tiny_gemm"
+    assert rows["LongCat-Flash"][3] != ""  # M = 32, and 64, which it does not take
+    assert rows["LongCat-Flash"][4:] == ["", ""]
 
 
 def test_a_result_of_the_routing_changes_its_text(tmp_path: Path) -> None:
@@ -137,7 +139,8 @@ def test_a_result_of_the_routing_changes_its_text(tmp_path: Path) -> None:
     (benchmarks / "route" / "route_h100.json").write_text(json.dumps(run))
     blocks = ("pr_routing_speed", "pr_routing_not_measured")
     text = _filled(tmp_path / "text.md", *blocks, arguments=("--benchmarks", benchmarks))
-    rows = [["NVIDIA H100", "DeepSeek-V3", str(2**i), "9.00", "3.00", "0.50"] for i in range(8)]
+    names = {"select_experts": "9.00", "its top-k kernel alone": "3.00", "this kernel": "0.50"}
+    rows = [["NVIDIA H100", "DeepSeek-V3", name, *[us] * 8] for name, us in names.items()]
     assert _rows(text)[2:] == rows
     assert "- Timed on: NVIDIA H100. " in text
     assert "the routing of Kimi-K2, GLM-5, MiniMax-M2, GLM-4.5, GLM-4.5-Air." in text
@@ -153,16 +156,27 @@ def test_the_rank_of_the_pull_requests_is_that_of_its_report(tmp_path: Path) -> 
 
 def test_the_routings_own_benchmark_is_as_it_was_saved(tmp_path: Path) -> None:
     rows = _rows(_filled(tmp_path / "text.md", "pr_routing_benchmark"))[2:]
-    assert len(rows) == 5 * 2 * 5  # routings, with a shared expert and without, and M
-    assert ["DeepSeek-V3", "1", "8", "10.79", "1.65"] in rows
+    assert len(rows) == 5 * 2  # routings, with a shared expert and without
+    (row,) = (row for row in rows if row[:2] == ["DeepSeek-V3", "yes"])
+    assert row[5] == "10.79 → 1.65"  # M = 8
+
+
+def test_the_gates_own_benchmark_is_as_it_was_saved(tmp_path: Path) -> None:
+    """Against what the gate runs now: tiny_gemm up to 16, cuBLAS beyond, in TF32 for GLM-4.5."""
+    rows = _rows(_filled(tmp_path / "text.md", "pr_gate_benchmark", "pr_fp32_benchmark"))
+    by_gate = {(row[0].partition(",")[0]): row[1:] for row in rows}
+    assert len(rows) == 8 + 6 + 2 * 2
+    assert by_gate["DeepSeek-V3"][4:6] == ["5.21 → 2.67", "6.83 → 3.77"]  # M = 16, 32
+    assert by_gate["GLM-4.5"][0] == "8.40 → 2.53"
+    assert by_gate["MiMo-V2-Flash"][0] == "6.89 → 2.82"
 
 
 def test_no_results(tmp_path: Path) -> None:
     nothing = ("--benchmarks", tmp_path)
-    of_prs = ("pr_gate_speed", "pr_flashinfer_accuracy", "pr_routing_speed")
+    of_prs = ("pr_gate_speed", "pr_flashinfer_accuracy", "pr_routing_speed", "pr_gate_benchmark")
     blocks = ("speed", "headline", "benchmark", *of_prs, "pr_routing_not_measured")
     text = _filled(tmp_path / "text.md", *blocks, arguments=nothing)
-    assert text.count("No results of the benchmark") == 5
+    assert text.count("No results of the benchmark") == 6
     assert "- Timed on: no GPU. " in text
 
 
@@ -313,4 +327,4 @@ def test_the_other_gates_are_shown_with_their_peers(tmp_path: Path) -> None:
     assert bias[1] == ""  # TF32 is for fp32 weights
     assert bias[2].endswith(" FlashInfer tinygemm")
     assert all(float(row[-1]) < float(row[2]) for row in rows)  # than F.linear
-    assert fill_figures.gates([]) == fill_figures.NO_RESULTS
+    assert fill_figures.gates([]) == NO_RESULTS
