@@ -40,8 +40,9 @@ class Runs(NamedTuple):
     gates: Sequence[Results]
     routes: Sequence[Results]
     gate_benchmark: Results | None
-    """What the benchmark of `gate` and `fp32` printed, and that of `routing`."""
+    """What the benchmark of `gate` and `fp32` printed."""
     routing_benchmark: Results | None
+    """What that of `routing` printed."""
     rank: Results | None
     """One rank with the pull requests in SGLang's server, and without."""
 
@@ -109,7 +110,10 @@ def fp32_others(runs: Sequence[Results]) -> str:
 
 
 def gate_benchmark(run: Results | None, weight: torch.dtype) -> str:
-    """The same as `gate_speed`, by the benchmark that the pull requests bring."""
+    """The same as `gate_speed`, by the benchmark that the pull requests bring.
+
+    With fp32 weights tiny_gemm, too, which takes them and which no gate calls.
+    """
     if run is None:
         return NO_RESULTS
     taken = gate.taken(weight)
@@ -121,9 +125,11 @@ def gate_benchmark(run: Results | None, weight: torch.dtype) -> str:
             model, num_tokens = taken[shape]
             if m in num_tokens:
                 now = columns.get(_runs_now(model, weight, m), "cublas_us")
-                change = _change(each[now], each["cluster_us"])
-                cells[(f"{model}, {shape[0]} x {shape[1]}",)][m] = change
-    return by_num_tokens(cells, ("gate, N x K",))
+                what = f"{model}, {shape[0]} x {shape[1]}"
+                cells[what, ""][m] = _change(each[now], each["cluster_us"])
+                if weight == torch.float32 and "tiny_gemm_us" in each:
+                    cells[what, "tiny_gemm"][m] = f"{each['tiny_gemm_us']:.2f}"
+    return by_num_tokens(cells, ("gate, N x K", ""))
 
 
 def gate_accuracy(runs: Sequence[Results]) -> str:
@@ -137,16 +143,20 @@ def fp32_accuracy(runs: Sequence[Results]) -> str:
 
 
 def gates_not_measured(runs: Sequence[Results], weight: torch.dtype) -> str:
-    """The gates that a pull request takes on a GPU where they were not measured."""
-    measured: defaultdict[str, set[str]] = defaultdict(set)
+    """The gates that a pull request takes where they were not measured, or not for every M."""
+    most: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for each in _taken(runs, weight):
-        measured[each.run["gpu"]].add(each.model)
-    names = [name for name, _ in gate.taken(weight).values()]
-    lines = [f"- Measured on: {', '.join(measured) or 'no GPU'}. No other GPU of SM 90 was."]
-    for gpu, seen in measured.items():
-        missing = [name for name in names if name not in seen]
-        if missing:
-            lines.append(f"- On {gpu}: not the gates of {', '.join(missing)}.")
+        of_gpu = most[each.run["gpu"]]
+        of_gpu[each.model] = max(of_gpu.get(each.model, 0), *each.run["num_tokens"])
+    lines = [f"- Measured on: {', '.join(most) or 'no GPU'}. No other GPU of SM 90 was."]
+    for gpu, of_gpu in most.items():
+        missing: defaultdict[int, list[str]] = defaultdict(list)
+        for name, num_tokens in gate.taken(weight).values():
+            if of_gpu.get(name, 0) < num_tokens[-1]:
+                missing[of_gpu.get(name, 0)].append(name)
+        for largest, names in sorted(missing.items()):
+            beyond = f", beyond M = {largest}" if largest else ""
+            lines.append(f"- On {gpu}{beyond}: not the gates of {', '.join(names)}.")
     return "\n".join(lines)
 
 
@@ -173,7 +183,7 @@ def _accuracy(runs: Iterable[tuple[Results, str]], names: Mapping[str, str]) -> 
     """The largest error against fp64 of each kernel, and what else was compared.
 
     Args:
-        runs: and of what each is, of which there may be several on a GPU.
+        runs: each with the gate that it is of; a gate may have several on a GPU.
         names: of the kernels, by provider.
     """
     checks: defaultdict[tuple[str, str], defaultdict[str, list[Any]]]
@@ -195,8 +205,10 @@ def _accuracy(runs: Iterable[tuple[Results, str]], names: Mapping[str, str]) -> 
             else ""
             for of_one in found
         ]
-        agreements = [min(each["top8_agreement"] for each in of_one) for of_one in found if of_one]
-        same = ", ".join(f"{100 * each:.1f}" for each in agreements)
+        same = ", ".join(
+            f"{100 * min(each['top8_agreement'] for each in of_one):.1f}" if of_one else "-"
+            for of_one in found
+        )
         rows.append((*row, *errors, same, "; ".join(changing[row]) or "none"))
     headers = ("GPU", "N x K", *names.values(), "same top 8, %", "bits change with M")
     return github(rows, headers) if rows else NO_RESULTS

@@ -28,7 +28,7 @@ def cluster_router_gemm_tokens(
     *, num_experts: int, hidden_size: int, weight_dtype: torch.dtype
 ) -> tuple[int, int]:
     """The fewest and the most rows for which the router takes the cluster GEMM, where
-    it was measured to be faster than what they ran; (1, 0) for none.
+    it was measured to be faster than what it ran before; (1, 0) for none.
     """
     if not _is_cuda or _device_sm != 90 or weight_dtype != torch.bfloat16:
         return 1, 0

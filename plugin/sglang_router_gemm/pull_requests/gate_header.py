@@ -176,8 +176,8 @@ constexpr int kChains = 4;  // of sums, which do not wait for each other
         ("  static constexpr int kTerms = kWide ? 3 : 1;         // bf16 of a weight\n", ""),
         (
             """\
-  // With fp32 weights and N above 512 the wide tiles are not all resident at once. Up to M = 8 the
-  // registers are enough for two narrow ones an SM, beyond that not (docs/kernel.md).
+  // With fp32 weights and N above 512 not all wide tiles are resident at once. Up to M = 8 two
+  // narrow ones fit an SM, beyond that not. Timed with [768, 6144] alone (docs/kernel.md).
   static constexpr int kExpertsOfFew = sizeof(Weight) == 4 && kNumExperts > 512 ? 16 : kExperts;
 """,
             "",

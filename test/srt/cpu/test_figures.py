@@ -103,6 +103,7 @@ def test_a_result_changes_the_texts(tmp_path: Path) -> None:
     assert mistral[:3] == ["", "", "2.99 → 0.50"]  # taken from M = 4 on
     assert "- Measured on: NVIDIA B200. " in pr
     assert "- On NVIDIA B200: not the gates of Kimi-K2, GLM-5, " in pr
+    assert "- On NVIDIA H100 80GB HBM3, beyond M = 16: not the gates of Kimi-K2, " in PR.read_text()
     assert "| 1e-03" in other_pr
     assert "- On Blackwell, it was timed on: NVIDIA B200." in other_pr
     assert "No Blackwell GPU" not in other_pr
@@ -125,8 +126,8 @@ def test_fp32_weights_are_compared_with_what_the_server_runs(tmp_path: Path) -> 
         assert rows[model][1] == f"{us[provider]:.2f} → {us['ours: cluster']:.2f}"  # M = 8
         (row,) = (row for row in others if row[1].startswith(f"{model}, "))
         assert row[3] == f"{us['SGLang tiny_gemm']:.2f} tiny_gemm"
-    assert rows["LongCat-Flash"][3] != ""  # M = 32, and 64, which it does not take
-    assert rows["LongCat-Flash"][4:] == ["", ""]
+    assert "" not in rows["LongCat-Flash"][:4]
+    assert rows["LongCat-Flash"][4:] == ["", ""]  # M = 64 and 128, which it does not take
 
 
 def test_a_result_of_the_routing_changes_its_text(tmp_path: Path) -> None:
@@ -164,8 +165,10 @@ def test_the_routings_own_benchmark_is_as_it_was_saved(tmp_path: Path) -> None:
 def test_the_gates_own_benchmark_is_as_it_was_saved(tmp_path: Path) -> None:
     """Against what the gate runs now: tiny_gemm up to 16, cuBLAS beyond, in TF32 for GLM-4.5."""
     rows = _rows(_filled(tmp_path / "text.md", "pr_gate_benchmark", "pr_fp32_benchmark"))
-    by_gate = {(row[0].partition(",")[0]): row[1:] for row in rows}
-    assert len(rows) == 8 + 6 + 2 * 2
+    by_gate = {row[0].partition(",")[0]: row[2:] for row in rows if row[1] == ""}
+    assert len(by_gate) == 8 + 6 + 1 + 1  # the header, and the line below it
+    tiny_gemm = {row[0].partition(",")[0]: row[2:] for row in rows if row[1] == "tiny_gemm"}
+    assert tiny_gemm["GLM-4.5"][:3] == ["1.96", "2.12", "2.50"]
     assert by_gate["DeepSeek-V3"][4:6] == ["5.21 → 2.67", "6.83 → 3.77"]  # M = 16, 32
     assert by_gate["GLM-4.5"][0] == "8.40 → 2.53"
     assert by_gate["MiMo-V2-Flash"][0] == "6.89 → 2.82"
@@ -257,7 +260,7 @@ def test_auto_takes_what_each_result_shows_to_be_faster(model: Model) -> None:
     """Of fp32 weights than what SGLang's gates run, else than every kernel with such logits."""
     runs, auto = _results_of_gates()[model.gate], model.auto[90]
     assert auto.measured == max(run["date"] for run in runs)[:10]
-    measured: set[int] = set()
+    measured: dict[str, set[int]] = {}
     for run in runs:
         others = {
             each["name"]
@@ -271,13 +274,15 @@ def test_auto_takes_what_each_result_shows_to_be_faster(model: Model) -> None:
             if each["mode"] == "chain":
                 us = by_num_tokens.setdefault(each["num_tokens"], {})
                 us[each["provider"]] = each["median_us"]
-        measured |= by_num_tokens.keys()
+        measured.setdefault(run["gpu"], set()).update(by_num_tokens)
         for num_tokens in by_num_tokens.keys() & set(auto.num_tokens):
             us = by_num_tokens[num_tokens]
             best = min(us[name] for name in others & us.keys())
             assert us["ours: cluster"] < best, (run["gpu"], num_tokens)
-    assert auto.num_tokens[0] in measured
-    assert auto.num_tokens[-1] <= max(measured)
+    first, last = auto.num_tokens[0], auto.num_tokens[-1]
+    assert all(first in seen for seen in measured.values())
+    # On one GPU at least: H100 has some gates up to 16 alone (docs/backends.md).
+    assert any(last <= max(seen) for seen in measured.values())
 
 
 def test_the_settings_are_those_of_the_code(tmp_path: Path) -> None:

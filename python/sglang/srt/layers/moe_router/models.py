@@ -15,7 +15,7 @@ from sglang.srt.layers.moe_router.kernel import Form
 
 
 class Auto(NamedTuple):
-    """What `auto` takes on one SM, and for which M: where it was seen to be the fastest."""
+    """What `auto` takes on one SM, and for which M: where it was seen to be faster."""
 
     backend: str
     num_tokens: range

@@ -40,8 +40,8 @@ constexpr const char* kName = "cluster_router_gemm";
 // A wide tile has fewer CTAs read each token; with N below 256 it would leave too few of them to
 // keep the memory busy.
 constexpr int kExperts = kNumExperts < 256 || kNumExperts % 32 != 0 ? 16 : 32;
-// With fp32 weights and N above 512 the wide tiles are not all resident at once. Up to M = 8 the
-// registers are enough for two narrow ones an SM, beyond that not (docs/kernel.md).
+// With fp32 weights and N above 512 not all wide tiles are resident at once. Up to M = 8 two
+// narrow ones fit an SM, beyond that not. Timed with [768, 6144] alone (docs/kernel.md).
 constexpr int kExpertsOfFew = sizeof(Weight) == 4 && kNumExperts > 512 ? 16 : kExperts;
 
 template <int kTokens, bool kManyPasses>

@@ -78,6 +78,7 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
+// The clock is 64 bits wide: without the cast the difference would not wrap where `start` does.
 __device__ __forceinline__ void spin(unsigned cycles) {
   const unsigned start = clock();
   while (static_cast<unsigned>(clock()) - start < cycles) {

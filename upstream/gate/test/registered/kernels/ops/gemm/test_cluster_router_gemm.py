@@ -112,9 +112,7 @@ def test_what_it_does_not_take(spoil: Callable[..., Operands], said: str) -> Non
 
 @triton.jit
 def copy_after_trigger(source: tl.tensor, to: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """Lets the next kernel start, and 5 us later writes what it reads.
-
-    On few SMs: beside it there must be room for clusters."""
+    """Lets the next kernel start, with room for clusters, and writes 5 us later."""
     tl.extra.cuda.gdc_launch_dependents()
     start = tl.extra.cuda.globaltimer()
     while tl.extra.cuda.globaltimer() - start < 5000:
