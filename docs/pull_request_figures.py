@@ -125,11 +125,11 @@ def gate_benchmark(run: Results | None, weight: torch.dtype) -> str:
             model, num_tokens = taken[shape]
             if m in num_tokens:
                 now = columns.get(_runs_now(model, weight, m), "cublas_us")
-                what = f"{model}, {shape[0]} x {shape[1]}"
-                cells[what, ""][m] = _change(each[now], each["cluster_us"])
+                size = f"{shape[0]} x {shape[1]}"
+                cells[(f"{model}, {size}",)][m] = _change(each[now], each["cluster_us"])
                 if weight == torch.float32 and "tiny_gemm_us" in each:
-                    cells[what, "tiny_gemm"][m] = f"{each['tiny_gemm_us']:.2f}"
-    return by_num_tokens(cells, ("gate, N x K", ""))
+                    cells[(f"tiny_gemm, {size}",)][m] = f"{each['tiny_gemm_us']:.2f}"
+    return by_num_tokens(cells, ("gate, N x K",))
 
 
 def gate_accuracy(runs: Sequence[Results]) -> str:

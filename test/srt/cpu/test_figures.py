@@ -165,13 +165,12 @@ def test_the_routings_own_benchmark_is_as_it_was_saved(tmp_path: Path) -> None:
 def test_the_gates_own_benchmark_is_as_it_was_saved(tmp_path: Path) -> None:
     """Against what the gate runs now: tiny_gemm up to 16, cuBLAS beyond, in TF32 for GLM-4.5."""
     rows = _rows(_filled(tmp_path / "text.md", "pr_gate_benchmark", "pr_fp32_benchmark"))
-    by_gate = {row[0].partition(",")[0]: row[2:] for row in rows if row[1] == ""}
-    assert len(by_gate) == 8 + 6 + 1 + 1  # the header, and the line below it
-    tiny_gemm = {row[0].partition(",")[0]: row[2:] for row in rows if row[1] == "tiny_gemm"}
-    assert tiny_gemm["GLM-4.5"][:3] == ["1.96", "2.12", "2.50"]
-    assert by_gate["DeepSeek-V3"][4:6] == ["5.21 → 2.67", "6.83 → 3.77"]  # M = 16, 32
-    assert by_gate["GLM-4.5"][0] == "8.40 → 2.53"
-    assert by_gate["MiMo-V2-Flash"][0] == "6.89 → 2.82"
+    by_gate = {row[0]: row[1:] for row in rows}
+    assert len(rows) == 8 + 6 + 5 + 2 * 2  # tiny_gemm, which has no Hy4; each table's header
+    assert by_gate["tiny_gemm, 160 x 5120"][:3] == ["1.96", "2.12", "2.50"]
+    assert by_gate["DeepSeek-V3, 256 x 7168"][4:6] == ["5.21 → 2.67", "6.83 → 3.77"]  # M = 16, 32
+    assert by_gate["GLM-4.5, 160 x 5120"][0] == "8.40 → 2.53"
+    assert by_gate["MiMo-V2-Flash, 256 x 4096"][0] == "6.89 → 2.82"
 
 
 def test_no_results(tmp_path: Path) -> None:
