@@ -284,7 +284,7 @@ def test_the_table_is_that_of_the_models(monkeypatch: pytest.MonkeyPatch) -> Non
         return evaluated
 
     assert table()[256, 7168] == (1, 128)
-    assert table()[128, 7168] == (4, 16)
+    assert table()[128, 7168] == (4, 128)
     assert set(table()) <= {(model.num_experts, model.hidden_size) for model in MODELS}
     assert max(most for _, most in table().values()) <= 128  # the header's kMaxTokens
     taken = {90: Auto("cluster", range(3, 6))}
@@ -313,7 +313,7 @@ def test_the_table_of_fp32_has_both_dtypes(monkeypatch: pytest.MonkeyPatch) -> N
         evaluated: dict[tuple[int, int, torch.dtype], tuple[int, int]] = eval(found[1])
         return evaluated
 
-    assert table()[160, 5120, torch.bfloat16] == (2, 16)  # DeepSeek-V2
+    assert table()[160, 5120, torch.bfloat16] == (2, 128)  # DeepSeek-V2
     assert table()[160, 5120, torch.float32] == (1, 128)  # GLM-4.5
     assert table()[768, 6144, torch.float32] == (1, 63)  # LongCat-Flash
     assert len(table()) == 8 + 6
