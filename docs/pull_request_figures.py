@@ -86,7 +86,7 @@ class _Measured(NamedTuple):
 
 
 def gate_speed(runs: Sequence[Results], weight: torch.dtype) -> str:
-    """µs of what a gate runs without the pull request, and with it, where that is another."""
+    """µs of a call without the pull request and with it, for the M that it takes."""
     cells: Cells = defaultdict(dict)
     for each in _taken(runs, weight):
         us = chain(each.run)
