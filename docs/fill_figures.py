@@ -25,7 +25,7 @@ try:
     import torch
     from router_gemm_benchmark.providers import CUBLAS, FP32_LINEAR, LINEAR, TF32_LINEAR
     from router_gemm_benchmark.report import form_of, headline_mode, mode_table, plot_stem
-    from tables import NO_RESULTS, Results, github, is_deepseek_v3
+    from tables import NO_RESULTS, Results, chain, github, is_deepseek_v3, medians
 
     import sglang_router_gemm  # noqa: F401  makes the in-tree modules importable
     from sglang.srt.layers.moe_router.backends import BACKENDS, Backend, either
@@ -138,7 +138,7 @@ def settings_table() -> str:
 
 def routing(run: Results) -> str:
     """µs behind the gate's GEMM, by M, of everybody in a run of benchmark_route.py."""
-    us = {(each["provider"], each["num_tokens"]): each["median_us"] for each in run["us"]}
+    us = medians(run["us"])
     names = list(dict.fromkeys(each["provider"] for each in run["us"]))
     rows = [
         (str(m), *(f"{us[name, m]:.2f}" if (name, m) in us else "" for name in names))
@@ -160,12 +160,9 @@ def gates(runs: Sequence[Results]) -> str:
     for run in runs:
         shape = run["num_experts"], run["hidden_size"]
         gate = str(Target(torch.device("cuda"), None, *shape, *form_of(run)))
+        of_run = chain(run)
         for m in run["num_tokens"]:
-            us = {
-                each["provider"]: each["median_us"]
-                for each in run["timings"]
-                if each["num_tokens"] == m and each["mode"] == "chain"
-            }
+            us = {name: median for (name, each), median in of_run.items() if each == m}
             linear = next(name for name in (FP32_LINEAR, CUBLAS, LINEAR) if name in us)
             tf32, others = us.get(TF32_LINEAR), set(us) - {linear, TF32_LINEAR, "SGLang MoEGate"}
             others -= {name for name in us if name.startswith("ours")}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from router_gemm_benchmark.providers import CUBLAS, FP32_LINEAR, TF32_LINEAR
 from router_gemm_benchmark.report import form_of
-from tables import NO_RESULTS, Results, by_num_tokens, chain, github, is_deepseek_v3
+from tables import NO_RESULTS, Results, by_num_tokens, chain, github, is_deepseek_v3, medians
 
 from sglang.srt.layers.moe_router.kernel import Form, dtype_name
 from sglang.srt.layers.moe_router.models import MODELS
@@ -82,7 +82,7 @@ class _Measured(NamedTuple):
 
     @property
     def gate(self) -> str:
-        return f"{self.model}, {self.run['num_experts']} x {self.run['hidden_size']}"
+        return f"{self.model}, {_size(self.run)}"
 
 
 def gate_speed(runs: Sequence[Results], weight: torch.dtype) -> str:
@@ -125,10 +125,9 @@ def gate_benchmark(run: Results | None, weight: torch.dtype) -> str:
             model, num_tokens = taken[shape]
             if m in num_tokens:
                 now = columns.get(_runs_now(model, weight, m), "cublas_us")
-                size = f"{shape[0]} x {shape[1]}"
-                cells[(f"{model}, {size}",)][m] = _change(each[now], each["cluster_us"])
+                cells[(f"{model}, {_size(each)}",)][m] = _change(each[now], each["cluster_us"])
                 if weight == torch.float32 and "tiny_gemm_us" in each:
-                    cells[(f"tiny_gemm, {size}",)][m] = f"{each['tiny_gemm_us']:.2f}"
+                    cells[(f"tiny_gemm, {_size(each)}",)][m] = f"{each['tiny_gemm_us']:.2f}"
     return by_num_tokens(cells, ("gate, N x K",))
 
 
@@ -175,6 +174,10 @@ def _runs_now(model: str, weight: torch.dtype, num_tokens: int) -> str:
     return TINY_GEMM if num_tokens <= TINY_GEMM_MAX_NUM_TOKENS else CUBLAS
 
 
+def _size(of: Results) -> str:
+    return f"{of['num_experts']} x {of['hidden_size']}"
+
+
 def _change(before: float, after: float) -> str:
     return f"{before:.2f} → {after:.2f}"
 
@@ -219,7 +222,7 @@ def _accuracy(runs: Iterable[tuple[Results, str]], names: Mapping[str, str]) -> 
 
 def flashinfer_accuracy(runs: Sequence[Results]) -> str:
     """Of FlashInfer's kernel and of what `MoEGate` runs, for DeepSeek-V3."""
-    of_deepseek = ((run, "256 x 7168") for run in _with_flashinfer(runs))
+    of_deepseek = ((run, _size(run)) for run in _with_flashinfer(runs))
     return _accuracy(of_deepseek, {FLASHINFER: FLASHINFER, TINY_GEMM: TINY_GEMM})
 
 
@@ -262,7 +265,7 @@ def routing_speed(runs: Sequence[Results]) -> str:
     """µs that ids and weights add behind the gate: SGLang's own, its top-k alone, and ours."""
     cells: Cells = defaultdict(dict)
     for run in runs:
-        us = {(each["provider"], each["num_tokens"]): each["median_us"] for each in run["us"]}
+        us = medians(run["us"])
         top_k = GROUPED_TOP_K if (GROUPED_TOP_K, run["num_tokens"][0]) in us else UNGROUPED_TOP_K
         for provider, name in (
             (SELECT_EXPERTS, "select_experts"),

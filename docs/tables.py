@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -32,13 +32,15 @@ def by_num_tokens(
     return github(rows, (*headers, *(f"M = {m}" for m in columns))) if rows else NO_RESULTS
 
 
+def medians(timings: Iterable[Results]) -> dict[tuple[str, int], float]:
+    """µs by provider and M."""
+    return {(each["provider"], each["num_tokens"]): each["median_us"] for each in timings}
+
+
 def chain(run: Results) -> dict[tuple[str, int], float]:
     """µs in the mode `chain`, by provider and M."""
-    return {
-        (each["provider"], each["num_tokens"]): each["median_us"]
-        for each in run["timings"]
-        if each["mode"] == "chain" and each["tp_size"] == 1
-    }
+    timings = (each for each in run["timings"] if each["mode"] == "chain")
+    return medians(each for each in timings if each["tp_size"] == 1)
 
 
 def is_deepseek_v3(run: Results) -> bool:
