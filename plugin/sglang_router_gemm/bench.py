@@ -44,7 +44,7 @@ def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
 
     Args:
         model: a config.json or its folder; by default DeepSeek-V3.
-        shape: N and K, of a model that is else as DeepSeek-V3.
+        shape: N and K, of a gate that is else as DeepSeek-V3's.
         as_json: print JSON instead.
 
     Returns:
@@ -52,12 +52,17 @@ def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
     """
     from router_gemm_benchmark.timing import LINKS
 
-    gate = GateConfig(DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size, None)
+    assert DEEPSEEK_V3.route is not None
+    gate = GateConfig(
+        DEEPSEEK_V3.num_experts, DEEPSEEK_V3.hidden_size, LINKS, routing=DEEPSEEK_V3.route[:3]
+    )
     try:
         if model is not None:
             gate = read_gate(model)
         elif shape is not None:
             gate = GateConfig(shape[0], shape[1], None)
+        if gate.own is None:
+            raise ConfigError(f"the benchmark has nothing that does what this gate does: {model}")
         if not torch.cuda.is_available():
             raise ConfigError("this machine has no CUDA device")
     except ConfigError as error:
@@ -67,6 +72,7 @@ def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
     target = Target(device, device_sm(device), *gate.shape, *gate.form)
     with torch.no_grad():
         us, skipped = measure(gate, device)
+    settings = by_setting(us, target, gate.own)
     findings = {
         "gpu": torch.cuda.get_device_name(device),
         "sm": target.sm,
@@ -75,10 +81,12 @@ def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
         "hidden_size": gate.hidden_size,
         "gate": str(target),
         "own": gate.own,
-        "layers": gate.layers or LINKS,
+        "routing": gate.routing,
+        "layers": gate.layers,
         "us": us,
+        "us_by_setting": settings,
         "skipped": skipped,
-        "setting": recommend(us, target, gate.own),
+        "setting": recommend(settings),
     }
     print(json.dumps(findings, indent=1) if as_json else as_text(findings))
     return int(gate.own not in us)
@@ -129,47 +137,47 @@ def measure(
     return {name: row for name, row in us.items() if row}, skipped
 
 
-def recommend(us: Mapping[str, Mapping[int, float]], target: Target, own_name: str) -> str:
-    """The value of `SGLANG_ROUTER_GEMM_BACKEND` that is fastest, `auto` where it is as fast.
+def by_setting(
+    us: Mapping[str, Mapping[int, float]], target: Target, own_name: str
+) -> dict[str, dict[int, float]]:
+    """By each value of `SGLANG_ROUTER_GEMM_BACKEND`, the time of one call by M.
 
-    An M that a backend does not serve is SGLang's own, at its time.
+    An M that a backend does not serve is SGLang's own, at its time. Empty where that has none.
     """
-    own = us.get(own_name)
-    if own is None:
-        return AUTO
+    own = dict(us.get(own_name, {}))
+    if not own:
+        return {}
     settings = {OFF: own} | {name: {**own, **us[name]} for name in us if name != own_name}
     taken = decide(AUTO, target, lambda backend: None)
-    auto = dict(own)
-    if taken.backend is not None:
-        served = us.get(taken.backend.name, {})
-        auto |= {m: time for m, time in served.items() if m in taken.num_tokens}
+    served = us.get(taken.backend.name, {}) if taken.backend is not None else {}
+    return settings | {AUTO: own | {m: us for m, us in served.items() if m in taken.num_tokens}}
+
+
+def recommend(settings: Mapping[str, Mapping[int, float]]) -> str:
+    """The setting that is fastest over all M, `auto` where it is as fast, or nothing is known."""
     means = {name: _geometric_mean(list(row.values())) for name, row in settings.items()}
+    if not means:
+        return AUTO
     best = min(means, key=means.__getitem__)
-    return AUTO if _geometric_mean(list(auto.values())) <= _SAME * means[best] else best
+    return AUTO if means[AUTO] <= _SAME * means[best] else best
 
 
 def as_text(findings: Mapping[str, Any]) -> str:
-    us, layers = findings["us"], findings["layers"]
+    """The findings as tables of at most 80 columns."""
+    us, setting = findings["us"], findings["setting"]
     own = us.get(findings["own"], {})
     names = [name for name in us if name != findings["own"]]
-    rows = [
-        (
-            str(m),
-            f"{own[m]:.2f}" if m in own else "",
-            *(f"{us[name][m]:.2f}" if m in us[name] else "" for name in names),
-            _saved(own.get(m), [us[name][m] for name in names if m in us[name]], layers),
-        )
-        for m in NUM_TOKENS
-    ]
-    headers = ("M", "SGLang's", *names, f"best saves, {layers} layers")
+    calls = [[us_of.get(m) for us_of in (own, *(us[name] for name in names))] for m in NUM_TOKENS]
     lines = [
         f"{findings['gpu']} (SM {findings['sm']}), gate {findings['gate']}",
+        *_routing_line(findings),
         f"µs of one call. SGLang's own is {findings['own']}.",
         "",
-        tabulate(rows, headers, disable_numparse=True),
+        _table(("SGLang's", *names), calls, "{:.2f}"),
         "",
+        *_steps(findings),
         *(f"{name} is not there: {reason}" for name, reason in findings["skipped"].items()),
-        f"Use SGLANG_ROUTER_GEMM_BACKEND={findings['setting']}",
+        f"Use SGLANG_ROUTER_GEMM_BACKEND={setting}",
     ]
     known = BACKENDS["cluster"].measured_sms or ()
     if findings["sm"] not in known:
@@ -179,8 +187,36 @@ def as_text(findings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _saved(own: float | None, ours: Sequence[float], layers: int) -> str:
-    return "" if own is None or not ours else f"{layers * (own - min(ours)):+.0f} µs a step"
+def _routing_line(findings: Mapping[str, Any]) -> list[str]:
+    if findings["routing"] is None:
+        return []
+    groups, top_groups, top_k = findings["routing"]
+    within = f" in {top_groups} of {groups} groups" if groups > 1 else ""
+    of = f"top {top_k} of {findings['num_experts']} experts{within}"
+    return [f"Behind it, not timed here: {of}."]
+
+
+def _steps(findings: Mapping[str, Any]) -> list[str]:
+    """What all layers' gates take of a decode step, with the setting to use and without."""
+    layers, setting, settings = findings["layers"], findings["setting"], findings["us_by_setting"]
+    if layers is None or not settings:
+        return []
+    off, on = settings[OFF], settings[setting]
+    rows = [
+        [layers * off[m], layers * on[m], layers * (off[m] - on[m])] if m in off else [None] * 3
+        for m in NUM_TOKENS
+    ]
+    headers = ("SGLang's", f"with {setting}", "saved")
+    return [f"µs of a decode step, {layers} layers:", "", _table(headers, rows, "{:.0f}"), ""]
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[float | None]], form: str) -> str:
+    """A row an M."""
+    cells = [
+        (str(m), *("" if us is None else form.format(us) for us in row))
+        for m, row in zip(NUM_TOKENS, rows, strict=True)
+    ]
+    return tabulate(cells, ("M", *headers), disable_numparse=True)
 
 
 def _name(provider: str) -> str:

@@ -27,7 +27,7 @@ from sglang.srt.layers.moe_router.jit import BuildError, find_nvcc
 from sglang.srt.layers.moe_router.kernel import Target, device_sm
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Model
 from sglang.srt.layers.moe_router.packages import first_line, installed_versions
-from sglang.srt.layers.moe_router.plan import Decision, decide
+from sglang.srt.layers.moe_router.plan import decide
 from sglang.srt.layers.moe_router.route import Asked
 from sglang.srt.layers.moe_router.route import decide as decide_route
 from sglang_router_gemm.contract import examine as examine_contract
@@ -97,13 +97,17 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         "num_experts": model.num_experts,
         "hidden_size": model.hidden_size,
         "gate": str(target),
-        "as_asked": _is_as_asked(decision),
+        "as_asked": not decision.disappoints(requested_backend()),
         "paths": [
             {
                 "num_tokens": num_tokens,
                 "path": name or others,
-                "reason": decision.reason if name is None else not_measured(name, sm),
-                "kernel": asked[name].origin if name is not None else None,
+                "reason": (
+                    decision.reason
+                    if name is None or decision.stands_in
+                    else not_measured(name, sm)
+                ),
+                "kernel": asked[name].origin if name in asked else None,
                 "measured": auto.measured if auto is not None and auto.backend == name else None,
             }
             for num_tokens, name in decision.ranges()
@@ -193,11 +197,6 @@ def run(as_json: bool) -> int:
     findings = examine()
     print(json.dumps(findings, indent=2) if as_json else as_text(findings))
     return int(not findings["models"][MODELS.index(DEEPSEEK_V3)]["as_asked"])
-
-
-def _is_as_asked(decision: Decision) -> bool:
-    forced = requested_backend() in BACKENDS
-    return decision.backend is not None or not (forced or decision.unavailable)
 
 
 def as_text(findings: dict[str, Any]) -> str:

@@ -214,7 +214,6 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
     """The same for a gate of `models.GATES` that is a linear layer in a class."""
     if not _is_there(gate, model):
         return
-    from sglang.srt.layers.linear import ReplicatedLinear
     from sglang.srt.models.deepseek_v2_gate import plan_gate
 
     assert gate.linear is not None
@@ -227,8 +226,11 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
 
     def plan(block: Any) -> None:
         linear = getattr(block, attribute)
-        plain = isinstance(linear, ReplicatedLinear) and not linear.skip_bias_add
-        if not plain or hasattr(linear, "own_logits"):  # a block of a block's class: it is planned
+        if hasattr(linear, "own_logits"):  # a block of a block's class: it is planned
+            return
+        reason = _why_not_planned(linear)
+        if reason is not None:
+            _say_why_left(f"{model.__name__}.{gate.name}.{attribute}", reason)
             return
         linear_class: Any = type(linear)
         asked = gate.fp32_if is not None and getattr(block, gate.fp32_if)
@@ -243,6 +245,29 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
                     setattr(block, name, types.MethodType(method, block))
 
     _plan_after_init(block_class, plan)
+
+
+_NOT_PLAIN = "it is a {}, must be a ReplicatedLinear"
+
+
+def _why_not_planned(linear: Any) -> str | None:
+    """Why a gate's layer keeps its own forward, as a phrase; None where ours may be ahead of it."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    if not isinstance(linear, ReplicatedLinear):
+        return _NOT_PLAIN.format(type(linear).__name__)
+    if linear.skip_bias_add:
+        return "somebody else adds its bias"
+    forward = type(linear).forward
+    if hasattr(forward, "__wrapped__"):  # ours would be ahead of it, and it is to see every call
+        return "another plugin has hooked its forward"
+    taken = ", ".join(inspect.signature(forward).parameters)
+    return None if taken == "self, x" else f"its forward takes ({taken}), must take (self, x)"
+
+
+@functools.cache  # a line for all layers
+def _say_why_left(name: str, reason: str) -> None:
+    logger.info("Router GEMM: %s: SGLang's own serves: %s.", name, reason)
 
 
 @functools.cache  # one for all layers: gates of one shape share a plan, and so its comparison
@@ -306,12 +331,16 @@ def patch_method_gate(gate: Gate, model: ModuleType) -> None:
 
     def plan(block: Any) -> None:
         linear = getattr(block, attribute)
-        if isinstance(linear, ReplicatedLinear) and linear.bias is None:
-            linear.router_block = weakref.ref(block)
-            try:
-                plan_gate(linear, own_logits, gate.logits_dtype)
-            finally:
-                del linear.router_block
+        plain = isinstance(linear, ReplicatedLinear)
+        if not plain or linear.bias is not None:
+            reason = "it adds a bias" if plain else _NOT_PLAIN.format(type(linear).__name__)
+            _say_why_left(f"{model.__name__}.{gate.name}.{attribute}", reason)
+            return
+        linear.router_block = weakref.ref(block)
+        try:
+            plan_gate(linear, own_logits, gate.logits_dtype)
+        finally:
+            del linear.router_block
 
     def method(block: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         linear = getattr(block, attribute)

@@ -25,7 +25,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from sglang_router_gemm.model_config import ConfigError, GateConfig, read_gate
 
 if TYPE_CHECKING:
+    import torch
+
     from sglang.srt.layers.moe_router.kernel import Target
+
+    Gate = tuple[int, int, torch.dtype, torch.dtype, bool]
 
 ARCH_LIST = "FLASHINFER_CUDA_ARCH_LIST"
 
@@ -69,8 +73,7 @@ def run(
         shape: N and K, for such gates alone. By default all models of the table.
     """
     try:
-        gate = None if shape is None else GateConfig(shape[0], shape[1], None)
-        jobs = plan_jobs(backend, archs, gate if model is None else read_gate(model))
+        jobs = plan_jobs(backend, archs, _gates(model, shape))
         variables = _cache_variables(jobs)
         environment = dict(os.environ)
         if out is not None:
@@ -98,8 +101,22 @@ def run(
 # ---- What to build -----------------------------------------------------------------------------
 
 
+def _gates(model: Path | None, shape: Sequence[int] | None) -> list[Gate]:
+    """What the gates to build for compute."""
+    from sglang.srt.layers.moe_router.models import MODELS
+
+    table = [each.gate for each in MODELS]
+    if model is not None:
+        gate = read_gate(model)
+        return [(*gate.shape, *gate.form)]
+    if shape is not None:
+        plain = GateConfig(shape[0], shape[1], None)
+        return [each for each in table if each[:2] == plain.shape] or [(*plain.shape, *plain.form)]
+    return table
+
+
 def plan_jobs(
-    backend: str | None, archs: Sequence[str] | None, gate: GateConfig | None
+    backend: str | None, archs: Sequence[str] | None, gates: Sequence[Gate]
 ) -> dict[str, list[Job]]:
     """The kernels to build, by the `FLASHINFER_CUDA_ARCH_LIST` to build them with.
 
@@ -108,8 +125,7 @@ def plan_jobs(
     Args:
         backend: one that is compiled; None for what `auto` takes.
         archs: as in `9.0a`; None for the GPUs of this machine.
-        gate: the only one; None for the models of the table. Where the table has its shape, those
-            gates are built, for its class may be one that `model_config` does not know.
+        gates: N, K, the dtypes of weight and logits, and whether there is a bias.
 
     Raises:
         PrebuildError: there is nothing to build, or an argument is not that.
@@ -119,16 +135,11 @@ def plan_jobs(
     from sglang.srt.layers.moe_router.backends import BACKENDS, either
     from sglang.srt.layers.moe_router.environ import AUTO, asked_logits_dtype
     from sglang.srt.layers.moe_router.kernel import Target, dtype_name
-    from sglang.srt.layers.moe_router.models import MODELS
     from sglang.srt.layers.moe_router.plan import decide
 
     compiled = [each.name for each in BACKENDS.values() if each.build is not None]
     if backend is not None and backend not in compiled:
         raise PrebuildError(f"backend is {backend!r}, must be {either(compiled)}")
-    gates = [model.gate for model in MODELS]
-    if gate is not None:
-        known = [each for each in gates if each[:2] == gate.shape]
-        gates = known or [(*gate.shape, *gate.form)]
     jobs: dict[str, list[Job]] = {}
     nothing = []
     for arch_list, arch in _arch_lists(archs):

@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from sglang.srt.layers.moe_router.kernel import Target
-from sglang_router_gemm import bench, model_config
+from sglang.srt.layers.moe_router.models import GATES
+from sglang_router_gemm import bench
 from sglang_router_gemm.cli import main
-from sglang_router_gemm.model_config import GateConfig, read_gate
+from sglang_router_gemm.model_config import _CUBLAS, _GATES, ConfigError, GateConfig, read_gate
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
 HOPPER = Target(torch.device("cuda", 0), 90, 256, 7168)
 BLACKWELL = HOPPER._replace(sm=100)
 OWN = dict.fromkeys(bench.NUM_TOKENS, 4.0)
-OWN_NAME = "SGLang MoEGate"
+OWN_NAME, TF32_LINEAR = "SGLang MoEGate", "SGLang TF32 F.linear"
 
 
 def _scaled(factor: float, *num_tokens: int) -> dict[int, float]:
@@ -43,11 +44,19 @@ def test_the_setting_is_the_fastest_over_all_m(
     us: dict[str, dict[int, float]], target: Target, setting: str
 ) -> None:
     for own in (OWN_NAME, "F.linear"):
-        assert bench.recommend({own: OWN} | us, target, own) == setting
+        assert bench.recommend(bench.by_setting({own: OWN} | us, target, own)) == setting
 
 
 def test_without_sglangs_own_time_there_is_nothing_to_compare_with() -> None:
-    assert bench.recommend({"cluster": _scaled(0.1)}, BLACKWELL, OWN_NAME) == "auto"
+    settings = bench.by_setting({"cluster": _scaled(0.1)}, BLACKWELL, OWN_NAME)
+    assert bench.recommend(settings) == "auto"
+
+
+def test_a_setting_has_sglangs_own_time_where_it_does_not_serve() -> None:
+    us = {OWN_NAME: OWN, "flashinfer": _scaled(0.5, 1, 8)}
+    settings = bench.by_setting(us, HOPPER, OWN_NAME)
+    assert settings["flashinfer"] == _scaled(0.5, 1, 8) | _scaled(1, 16, 32, 64)
+    assert settings["auto"] == settings["off"] == OWN  # auto takes cluster there, which has none
 
 
 def test_the_table_fits_a_terminal_and_counts_the_layers() -> None:
@@ -60,33 +69,45 @@ def test_the_table_fits_a_terminal_and_counts_the_layers() -> None:
         "hidden_size": 7168,
         "gate": str(BLACKWELL),
         "own": OWN_NAME,
+        "routing": (8, 4, 8),
         "layers": 58,
         "us": us,
+        "us_by_setting": bench.by_setting(us, BLACKWELL, OWN_NAME),
         "skipped": {"sgl_kernel": "sglang-kernel 0.4.10 has no dsv3_router_gemm"},
-        "setting": "cluster",
+        "setting": "flashinfer",
     }
     lines = bench.as_text(findings).splitlines()
     assert max(map(len, lines)) <= 80
-    (row,) = [line for line in lines if line.startswith("16 ")]
-    assert row.split() == ["16", "4.00", "2.00", "3.00", "8.00", "+116", "µs", "a", "step"]
-    (row,) = [line for line in lines if line.startswith("32 ")]
-    assert "3.00" not in row
-    assert lines[-2] == "Use SGLANG_ROUTER_GEMM_BACKEND=cluster"
+    calls, steps = ([line.split() for line in lines if line.startswith(m)] for m in ("16 ", "32 "))
+    assert calls == [["16", "4.00", "2.00", "3.00", "8.00"], ["16", "232", "174", "58"]]
+    assert steps == [["32", "4.00", "2.00", "8.00"], ["32", "232", "232", "0"]]
+    assert "µs of a decode step, 58 layers:" in lines
+    headers = next(line for line in lines if "saved" in line)
+    assert headers.split() == ["M", "SGLang's", "with", "flashinfer", "saved"]
+    unknown = bench.as_text(findings | {"layers": None, "routing": None})
+    assert "decode step" not in unknown
+    assert "Behind it" not in unknown
+    assert lines[-2] == "Use SGLANG_ROUTER_GEMM_BACKEND=flashinfer"
     assert "SM 103: please send what --json prints" in lines[-1]
     assert "please send" not in bench.as_text(findings | {"sm": 90})
     assert lines[0] == "NVIDIA B300 (SM 103), gate [256, 7168]"
-    assert lines[1] == "µs of one call. SGLang's own is SGLang MoEGate."
+    assert lines[1] == "Behind it, not timed here: top 8 of 256 experts in 4 of 8 groups."
+    assert lines[2] == "µs of one call. SGLang's own is SGLang MoEGate."
 
 
 def test_the_table_of_another_gate_says_which_and_what_sglang_runs() -> None:
     target = Target(torch.device("cuda", 0), 90, 128, 2880, BF16, BF16, True)
+    us = {"FlashInfer tinygemm": OWN, "cluster": _scaled(0.5)}
     findings = {
+        "num_experts": 128,
         "gpu": "NVIDIA H100 80GB HBM3",
         "sm": 90,
         "gate": str(target),
         "own": "FlashInfer tinygemm",
+        "routing": (1, 1, 4),
         "layers": 36,
-        "us": {"FlashInfer tinygemm": OWN, "cluster": _scaled(0.5)},
+        "us": us,
+        "us_by_setting": bench.by_setting(us, target, "FlashInfer tinygemm"),
         "skipped": {},
         "setting": "cluster",
     }
@@ -94,9 +115,10 @@ def test_the_table_of_another_gate_says_which_and_what_sglang_runs() -> None:
     assert max(map(len, lines)) <= 80
     assert "[128, 2880]" in lines[0]
     assert "bias" in lines[0]
-    assert "SGLang's own is FlashInfer tinygemm." in lines[1]
-    (row,) = [line for line in lines if line.startswith("16 ")]
-    assert row.split() == ["16", "4.00", "2.00", "+72", "µs", "a", "step"]
+    assert lines[1] == "Behind it, not timed here: top 4 of 128 experts."
+    assert "SGLang's own is FlashInfer tinygemm." in lines[2]
+    rows = [line.split() for line in lines if line.startswith("16 ")]
+    assert rows == [["16", "4.00", "2.00"], ["16", "144", "72", "72"]]
 
 
 def test_the_layers_are_those_with_experts(tmp_path: Path) -> None:
@@ -114,9 +136,9 @@ def test_the_layers_are_those_with_experts(tmp_path: Path) -> None:
         (None, {}, (BF16, FP32, False), OWN_NAME),
         # A key of MiMo's alone.
         ("DeepseekV3ForCausalLM", {"moe_router_dtype": "float32"}, (BF16, FP32, False), OWN_NAME),
-        ("Glm4MoeForCausalLM", {}, (FP32, FP32, False), "SGLang TF32 F.linear"),
+        ("Glm4MoeForCausalLM", {}, (FP32, FP32, False), TF32_LINEAR),
         ("Glm4MoeLiteForCausalLM", {}, (FP32, FP32, False), "SGLang fp32 F.linear"),
-        ("MiniMaxM2ForCausalLM", {}, (FP32, FP32, False), "SGLang TF32 F.linear"),
+        ("MiniMaxM2ForCausalLM", {}, (FP32, FP32, False), TF32_LINEAR),
         ("HYV3ForCausalLM", {}, (FP32, FP32, False), "SGLang fp32 F.linear"),
         ("HYV4ForCausalLM", {}, (FP32, FP32, False), OWN_NAME),
         ("MiMoV2FlashForCausalLM", {}, (FP32, FP32, False), "SGLang fp32 F.linear"),
@@ -126,6 +148,10 @@ def test_the_layers_are_those_with_experts(tmp_path: Path) -> None:
             (BF16, FP32, False),
             "cuBLAS fp32",
         ),
+        ("DeepseekV3ForCausalLM", {"router_fp32": True}, (FP32, FP32, False), OWN_NAME),
+        ("BailingMoeV2ForCausalLM", {}, (BF16, BF16, False), "F.linear"),
+        ("BailingMoeV2ForCausalLM", {"router_dtype": "fp32"}, (FP32, BF16, False), None),
+        ("BeamForCausalLM", {}, (FP32, FP32, False), None),
         ("Qwen3MoeForCausalLM", {}, (BF16, BF16, False), "F.linear"),
         ("Qwen3MoeForCausalLM", {"moe_router_dtype": "bfloat16"}, (BF16, BF16, False), "F.linear"),
         ("KimiLinearForCausalLM", {}, (BF16, BF16, False), "F.linear"),
@@ -143,13 +169,45 @@ def test_what_the_gate_of_a_model_computes(
     architecture: str | None,
     more: dict[str, object],
     form: tuple[torch.dtype, torch.dtype, bool],
-    own: str,
+    own: str | None,
     tmp_path: Path,
 ) -> None:
     config = {"architectures": architecture and [architecture], "hidden_size": 4096} | more
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts": 128}))
     gate = read_gate(tmp_path)
     assert (gate.shape, gate.form, gate.own) == ((128, 4096), form, own)
+
+
+def test_a_model_whose_gate_is_not_hooked_is_none(tmp_path: Path) -> None:
+    config = {"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is of MixtralForCausalLM, must be of a model whose"):
+        read_gate(tmp_path)
+
+
+def test_a_part_of_a_config_may_name_the_architecture(tmp_path: Path) -> None:
+    part = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "num_experts": 128}
+    config = {"architectures": ["ASightedModel"], "text_config": part}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_gate(tmp_path).own == "F.linear"
+
+
+@pytest.mark.parametrize(
+    ("more", "routing"),
+    [
+        ({"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}, (8, 4, 8)),
+        ({"num_experts_per_tok": 8}, (1, 1, 8)),
+        ({"n_group": None, "moe_topk": 12}, (1, 1, 12)),
+        ({"moe_topk": [8, 8]}, None),
+        ({}, None),
+    ],
+)
+def test_how_a_model_chooses_experts(
+    more: dict[str, object], routing: tuple[int, int, int] | None, tmp_path: Path
+) -> None:
+    config = {"num_experts": 128, "hidden_size": 4096} | more
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_gate(tmp_path).routing == routing
 
 
 @pytest.mark.parametrize(
@@ -170,22 +228,27 @@ def test_experts_have_another_name_in_some_models(
 def test_longcats_gate_has_its_zero_experts(tmp_path: Path) -> None:
     config: dict[str, object] = {"architectures": ["LongcatFlashForCausalLM"]}
     config |= {"n_routed_experts": 512, "zero_expert_num": 256, "hidden_size": 6144}
+    config |= {"num_layers": 28, "moe_topk": 12}
     (tmp_path / "config.json").write_text(json.dumps(config))
     gate = read_gate(tmp_path)
     assert (gate.shape, gate.form.dtype, gate.own) == ((768, 6144), FP32, "SGLang fp32 F.linear")
+    assert (gate.layers, gate.routing) == (28, (1, 1, 12))
 
 
-def _sources(folder: str) -> str:
+def _files(folder: str) -> list[Path]:
     spec = importlib.util.find_spec("sglang")
     assert spec is not None
     assert spec.origin is not None
-    files = (Path(spec.origin).parent / "srt" / folder).glob("*.py")
-    return "\n\n\n".join(file.read_text() for file in sorted(files))
+    return sorted((Path(spec.origin).parent / "srt" / folder).rglob("*.py"))
+
+
+def _sources(folder: str) -> str:
+    return "\n\n\n".join(file.read_text() for file in _files(folder))
 
 
 def test_the_table_is_of_sglangs_classes_and_settings() -> None:
     models = _sources("models")
-    for architecture in model_config._GATES:
+    for architecture in _GATES:
         assert f"\nclass {architecture}(" in models
     tf32 = {
         architecture
@@ -193,11 +256,41 @@ def test_the_table_is_of_sglangs_classes_and_settings() -> None:
         if '"enable_tf32_matmul"' in text
         for architecture in re.findall(r'@_register_for\("(\w+)"', text)
     }
-    assert tf32 == {name for name, row in model_config._GATES.items() if "TF32" in row[1]}
+    assert tf32 == {name for name, (_, own) in _GATES.items() if own == TF32_LINEAR}
+
+
+# No model of experts; no gate of ours: Kimi-K3's is part of a GEMM, Ling 3 calls another kernel,
+# SarvamMLA's block has a linear layer of its own.
+_LEFT = {
+    "BailingMoeV3ForCausalLM",
+    "Ernie4_5_ForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+    "KimiK3ForConditionalGeneration",
+    "KimiK3LinearForCausalLM",
+    "PaddleOCRVLForConditionalGeneration",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "SarvamMLAForCausalLM",
+}
+# A model's draft has its config; what holds another model says so in its own.
+_LEFT_KINDS = re.compile("NextN|MTP|Eagle|Draft|BailingMM|InternVL")
+
+
+def test_every_model_with_a_hooked_gate_is_in_the_table() -> None:
+    modules = {"deepseek_v2", *(gate.module for gate in GATES)}
+    imports = re.compile(rf"sglang\.srt\.models\.({'|'.join(map(re.escape, modules))})\b")
+    found = set()
+    for file in _files("models"):
+        text = file.read_text()
+        entry = re.search(r"^EntryClass\b[^=]*= *(\[[^]]*\]|\w+)", text, re.MULTILINE)
+        if entry and (file.stem in modules or imports.search(text)):
+            found |= set(re.findall(r"\w+", entry[1]))
+    left = {name for name in found if _LEFT_KINDS.search(name)} | _LEFT
+    assert found - left == _GATES.keys()
 
 
 @pytest.mark.parametrize(
-    "row", sorted({*model_config._GATES.values()} | {model_config._CUBLAS}, key=str)
+    "row", sorted({row for row in (*_GATES.values(), _CUBLAS) if row[1] is not None}, key=str)
 )
 def test_the_benchmark_has_what_sglang_runs(row: Any) -> None:
     from router_gemm_benchmark.providers import all_providers

@@ -324,7 +324,7 @@ with blocks.one_rank("cpu"), torch.no_grad():
         ("hunyuan", "auto,fp32", True),
         ("gpt_oss", "auto,fp32", False),  # it adds a bias
         ("qwen3_moe", "auto", False),
-        ("qwen3_moe", "cluster,fp32", False),  # no backend serves here
+        ("qwen3_moe", "cluster,fp32", True),  # which cannot serve here: a matmul does
     ],
 )
 def test_fp32_logits_for_whoever_asks(
@@ -336,7 +336,7 @@ def test_fp32_logits_for_whoever_asks(
 
 
 METHOD = """
-import copy, logging
+import copy, dataclasses, logging
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 import torch
 import sglang_router_gemm
@@ -345,6 +345,8 @@ load_plugins()
 import blocks
 from sglang.srt.layers.moe_router.models import GATES
 gate = next(each for each in GATES if each.module == "{module}")
+def ones(hidden_states, weight, logits, pdl, bias):
+    return logits.fill_(1)
 with blocks.one_rank("cpu"), torch.no_grad():
     block, linear = blocks.build(gate, 32, 128)
     plan = linear.router_plan
@@ -358,6 +360,9 @@ with blocks.one_rank("cpu"), torch.no_grad():
             logits, own = method(each, hidden_states), method.__wrapped__(each, hidden_states)
             assert torch.equal(logits, own) and logits.dtype == own.dtype
             assert torch.equal(logits, plan.logits(hidden_states, linear.weight))
+            linear.router_plan = dataclasses.replace(plan, run=ones)
+            assert (method(each, hidden_states) == 1).all()
+            linear.router_plan = plan
     assert not hasattr(linear, "router_block")
     another, other = blocks.build(gate, 32, 128)
     assert other.router_plan is plan
@@ -504,6 +509,8 @@ def test_a_block_that_multiplies_in_another_way_is_left_alone(
 
 
 NOT_PLAIN = """
+import functools, logging
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 import torch
 import sglang_router_gemm
 from sglang.srt.plugins import load_plugins
@@ -538,6 +545,11 @@ with blocks.one_rank("cpu"), torch.no_grad():
     LinearBase.__init__ = init
     print(build())
     LinearBase.__init__ = own_init
+    own_forward = qwen.ReplicatedLinear.forward
+    for forward in (lambda self, x, scale=1: None, functools.wraps(own_forward)(lambda *_: None)):
+        qwen.ReplicatedLinear.forward = forward
+        print(build())
+    qwen.ReplicatedLinear.forward = own_forward
     qwen.ReplicatedLinear = lambda *args, **kwargs: torch.nn.Linear(128, 32, bias=False)
     print(build())
 """
@@ -546,7 +558,19 @@ with blocks.one_rank("cpu"), torch.no_grad():
 def test_a_linear_layer_that_is_not_plain_is_left_alone(fork_python: Callable[..., str]) -> None:
     """Its weight may be packed or quantised, or it is somebody else's."""
     said = fork_python(NOT_PLAIN, SGLANG_ROUTER_GEMM_BACKEND="torch")
-    assert said.splitlines()[-5:] == ["True", "True", "False", "False", "False"]
+    lines = said.splitlines()
+    found = [line for line in lines if line in ("True", "False")]
+    assert found == ["True", "True", "False", "False", "False", "False", "False"]
+    where = "INFO Router GEMM: sglang.srt.models.qwen3_moe.Qwen3MoeSparseMoeBlock.gate: SGLang's"
+    packed = "INFO Router GEMM: ReplicatedLinear: SGLang's own serves"
+    for line in (
+        f"{packed}: UnquantizedLinearMethod may pack its weight.",
+        f"{packed}: Packed may pack its weight.",
+        f"{where} own serves: its forward takes (self, x, scale), must take (self, x).",
+        f"{where} own serves: another plugin has hooked its forward.",
+        f"{where} own serves: it is a Linear, must be a ReplicatedLinear.",
+    ):
+        assert lines.count(line) == 1, said
 
 
 OTHER_METHOD = """

@@ -101,6 +101,20 @@ def test_bad_operands_of_cluster_are_named(
         ops._compute(BACKENDS["cluster"], hidden_states, weight)
 
 
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        (torch.empty(1, 16).bfloat16(), r"bias has shape \[1, 16\], must be \[16\]"),
+        (torch.empty(16).int(), "bias is torch.int32, must be torch.bfloat16"),
+        (torch.empty(16, dtype=torch.bfloat16, device="meta"), "bias is on meta, must be on cpu"),
+    ],
+)
+def test_a_bad_bias_is_named(bias: torch.Tensor, said: str) -> None:
+    operands = random_inputs(2, num_experts=16, hidden_size=512)
+    with pytest.raises(ValueError, match=said):
+        ops._compute(BACKENDS["cluster"], *operands, bias)
+
+
 def test_cluster_compiles_with_a_dynamic_m() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")

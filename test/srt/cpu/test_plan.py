@@ -299,6 +299,11 @@ def test_why_not_names_what_a_call_lacks(plan: Plan) -> None:
         "alignment",
         "tensors must start at a multiple of 16 bytes",
     )
+    assert few.why_not(sliced, weight, None, rows[0, :32])[0] == "alignment"
+    condition, phrase = few.why_not(rows, weight, None, torch.zeros(64)[::2])
+    assert condition == "bias"
+    assert phrase.startswith("the bias is torch.float32 with stride 2 at 0x")
+    assert phrase.endswith(", must be torch.bfloat16 with stride 1 at a multiple of 16")
 
 
 def _plan_of(
@@ -391,6 +396,28 @@ def test_auto_with_fp32_logits_takes_the_row_of_sglangs_own() -> None:
         assert served(found) == expected
     found = decide("auto", target, lambda backend: None, True, torch.bfloat16)
     assert served(found) == NOBODY  # deterministic inference
+
+
+@pytest.mark.parametrize(
+    ("requested", "num_experts", "why"),
+    [
+        ("auto", 128, "no nvcc"),
+        ("cluster", 128, "no nvcc"),
+        ("cluster", 100, "N is 100, must be a multiple of 16 up to 1024"),
+        ("flashinfer", 128, "N is 128, must be 256"),
+    ],
+)
+def test_fp32_logits_are_given_also_where_the_backend_cannot(
+    requested: str, num_experts: int, why: str
+) -> None:
+    target = Target(GPU, 90, num_experts, 4096)
+    found = decide(requested, target, lambda backend: "no nvcc", own_logits_dtype=torch.bfloat16)
+    assert served(found) == ("torch", BACKENDS["torch"].rule.num_tokens)
+    assert found.reason == why
+    assert found.unavailable == (why == "no nvcc")
+    assert found.disappoints(requested)
+    found = decide(requested, target, lambda backend: "no nvcc")  # SGLang's own are fp32
+    assert served(found) == NOBODY
 
 
 def test_a_bias_that_no_kernel_can_read_is_left_to_sglang() -> None:

@@ -22,8 +22,8 @@ from sglang.srt.layers.moe_router import cluster_router_gemm, jit
 from sglang.srt.layers.moe_router.kernel import Target
 from sglang.srt.layers.moe_router.models import MODELS
 from sglang_router_gemm.cli import main
-from sglang_router_gemm.model_config import ConfigError, GateConfig, read_gate
-from sglang_router_gemm.prebuild import plan_jobs
+from sglang_router_gemm.model_config import ConfigError, read_gate
+from sglang_router_gemm.prebuild import _gates, plan_jobs
 
 COMPILER = """#!/bin/sh
 case " $* " in
@@ -221,7 +221,7 @@ def test_fp32_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLASHINFER_CUDA_ARCH_LIST", raising=False)
     for setting, logits_dtype in (("auto", "bfloat16"), ("auto,fp32", "float32")):
         monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", setting)
-        jobs = plan_jobs(None, ["9.0a"], GateConfig(512, 2048, None))["9.0a"]
+        jobs = plan_jobs(None, ["9.0a"], _gates(None, (512, 2048)))["9.0a"]
         assert [(job.backend, job.logits_dtype) for job in jobs] == [("cluster", logits_dtype)]
 
 

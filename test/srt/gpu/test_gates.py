@@ -67,6 +67,8 @@ with blocks.one_rank("cuda"), torch.device("cuda"), torch.no_grad():
         error = float((logits.double() - expected).norm() / expected.norm())
         assert error < (1e-6 if num_tokens <= 128 else 1e-5), (num_tokens, error)
         torch.testing.assert_close(logits, own, rtol=1e-3, atol=1e-2)
+        ours = router_logits(linear, hidden_states)
+        assert torch.equal(logits, own if num_tokens > 128 else ours), num_tokens
     assert linear.router_plan.decision.backend is not None, linear.router_plan.decision.reason
 print("RIGHT")
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ from sglang.srt.utils import is_cpu
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+logger = logging.getLogger(__name__)
 
 
 class DeepseekV2Gate(nn.Module):
@@ -79,14 +84,21 @@ def plan_gate(
     gate.router_plan = None
     method = getattr(gate, "quant_method", None)
     plain = type(method) is UnquantizedLinearMethod and not is_cpu()  # for AMX it packs the weight
-    if method is None or plain:  # else its bytes may not be what they seem
-        gate.router_plan = make_plan(
-            gate.weight,
-            gate=gate,
-            own_forward=own_forward,
-            own_logits_dtype=logits_dtype or gate.weight.dtype,
-            bias=bias,
-        )
+    if method is not None and not plain:  # its bytes may not be what they seem
+        _say_packed(type(gate).__name__, type(method).__name__)
+        return
+    gate.router_plan = make_plan(
+        gate.weight,
+        gate=gate,
+        own_forward=own_forward,
+        own_logits_dtype=logits_dtype or gate.weight.dtype,
+        bias=bias,
+    )
+
+
+@functools.cache  # a line for all layers
+def _say_packed(gate: str, method: str) -> None:
+    logger.info("Router GEMM: %s: SGLang's own serves: %s may pack its weight.", gate, method)
 
 
 def router_logits(

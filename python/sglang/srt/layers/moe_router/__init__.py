@@ -1,4 +1,4 @@
-"""The router of MoE models: from the gate's hidden_states to the logits of its experts.
+"""The router of MoE models: from the gate's hidden_states to the ids and weights of its experts.
 
     models.py    the table of models, and what `auto` takes for each
     environ.py   the two environment variables
@@ -10,7 +10,11 @@
     twin.py      a kernel against the forward that it replaces
     isolation.py a load meets nothing of its caller's
     jit.py       nvcc: finding it, compiling, the cache
+    packages.py  what is installed, in which version
+    route.py     the routing behind the gate: its decision, plan and calls
 
-A call goes one way: gate (sglang/srt/models/deepseek_v2_gate.py), plan, op or kernel.
-Our own kernel is `csrc/cluster_router_gemm.cuh`; `cluster_router_gemm.py` is its Python.
+A call goes one way: gate (sglang/srt/models/deepseek_v2_gate.py), plan, op or kernel; then
+SGLang's top-k, the layer's route plan, kernel. Our own kernels are
+`csrc/cluster_router_gemm.cuh` and `csrc/cluster_route.cuh`; files of their names here are their
+Python.
 """

@@ -112,14 +112,15 @@ class Rule(NamedTuple):
         kernel_takes = self.any_layout or hidden_states.dtype == torch.bfloat16
         if not kernel_takes or not fits(hidden_states, weight):
             return False
-        if bias is not None and not (self.any_layout or _is_readable(bias, addresses)):
+        if bias is not None and not (self.any_layout or is_readable(bias, addresses)):
             return False
         # FlashInfer < 0.7 does not check row strides.
         dense = self.any_layout or (hidden_states.is_contiguous() and weight.is_contiguous())
         return dense and (self.any_layout or not addresses or is_aligned(hidden_states, weight))
 
 
-def _is_readable(bias: torch.Tensor, address: bool) -> bool:
+def is_readable(bias: torch.Tensor, address: bool = True) -> bool:
+    """Whether a kernel can read it; where it starts is asked only of what has an `address`."""
     aligned = not address or bias.data_ptr() % ALIGNMENT_BYTES == 0
     return bias.dtype == torch.bfloat16 and bias.is_contiguous() and aligned
 

@@ -60,8 +60,14 @@ def _check_operands(
         )
     if weight.device != hidden_states.device:
         raise ValueError(f"weight is on {weight.device}, must be on {hidden_states.device}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+    if bias is None:
+        return
+    if tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias has shape {list(bias.shape)}, must be [{weight.shape[0]}]")
+    if not bias.dtype.is_floating_point:
+        raise ValueError(f"bias is {bias.dtype}, must be torch.bfloat16 (or another float)")
+    if bias.device != weight.device:
+        raise ValueError(f"bias is on {bias.device}, must be on {weight.device}")
 
 
 def _check_logits(logits: torch.Tensor, hidden_states: torch.Tensor, weight: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from sglang.srt.layers.moe_router.backends import (
     Backend,
     either,
     find_kernel,
+    is_readable,
     load_kernel,
     refuse_kernel,
 )
@@ -80,6 +81,15 @@ class Decision(NamedTuple):
     """Why SGLang's own path serves the rest, as a phrase for a person."""
     unavailable: bool = False
     """The backend would be taken if it were installed, built and loaded."""
+    stands_in: bool = False
+    """`backend` is a matmul in place of one that cannot serve, which `reason` explains: whoever
+    asks for other logits than SGLang's own gets them all the same."""
+
+    def disappoints(self, requested: str) -> bool:
+        """Whether a backend that was asked for, or that `auto` would take, does not serve."""
+        if self.backend is not None:
+            return self.stands_in
+        return self.unavailable or requested in BACKENDS
 
     def ranges(self) -> list[tuple[str, str | None]]:
         """Every M ≥ 1 as a person writes it ("1-16", "17+"), with the backend's name or None."""
@@ -114,6 +124,7 @@ def decide(
         own_logits_dtype: of what SGLang's own gate gives, where that may be another.
     """
     own_gate = target._replace(logits_dtype=own_logits_dtype or target.logits_dtype).gate
+    matmul = BACKENDS["torch"] if own_gate != target.gate else None
     if requested == OFF:
         return Decision(None, _NO_TOKENS, "it is switched off")
     if deterministic:
@@ -123,9 +134,8 @@ def decide(
         auto = model.auto.get(target.sm) if model is not None and target.sm is not None else None
         if auto is not None:
             backend, num_tokens = BACKENDS[auto.backend], auto.num_tokens
-        elif own_gate != target.gate:
-            backend = BACKENDS["torch"]  # whoever asks for other logits gets them for every shape
-            num_tokens = backend.rule.num_tokens
+        elif matmul is not None:
+            backend, num_tokens = matmul, matmul.rule.num_tokens
         else:
             return Decision(None, _NO_TOKENS, _why_not_auto(target))
         limit = f"auto takes {backend.name} for M = {either(num_tokens)}"
@@ -133,12 +143,13 @@ def decide(
         backend, num_tokens = BACKENDS[requested], BACKENDS[requested].rule.num_tokens
         limit = f"M must be {either(num_tokens)}"
     refusal = backend.rule.refuse_weight(target)
-    if refusal is not None:
-        return Decision(None, _NO_TOKENS, refusal)
-    reason = unavailable(backend)
-    if reason is not None:
-        return Decision(None, _NO_TOKENS, reason, unavailable=True)
-    return Decision(backend, num_tokens, limit)
+    reason = refusal or unavailable(backend)
+    if reason is None:
+        return Decision(backend, num_tokens, limit)
+    if matmul is not None:
+        num_tokens = matmul.rule.num_tokens
+        return Decision(matmul, num_tokens, reason, unavailable=refusal is None, stands_in=True)
+    return Decision(None, _NO_TOKENS, reason, unavailable=refusal is None)
 
 
 def _why_not_auto(target: Target) -> str:
@@ -255,7 +266,7 @@ class Plan(OfThisProcess):
             logits = empty_logits(hidden_states, weight, dtype)
             return self.run(hidden_states, weight, logits, self.pdl, bias)
         if not compiling and self.requested != AUTO:
-            _warn_once(self.requested, *self.why_not(hidden_states, weight, forward_batch))
+            _warn_once(self.requested, *self.why_not(hidden_states, weight, forward_batch, bias))
         return None
 
     def why_not(
@@ -263,6 +274,7 @@ class Plan(OfThisProcess):
         hidden_states: torch.Tensor,
         weight: torch.Tensor,
         forward_batch: ForwardBatch | None = None,
+        bias: torch.Tensor | None = None,
     ) -> tuple[str, str]:
         """The condition that failed, by name, and a phrase with what it was and must be."""
         num_tokens = self.decision.num_tokens
@@ -280,6 +292,10 @@ class Plan(OfThisProcess):
             return "shape", f"hidden_states and weight are {shapes}, must be [M, K] and [N, K]"
         if not (hidden_states.is_contiguous() and weight.is_contiguous()):
             return "layout", "hidden_states and weight must be dense and row-major"
+        if bias is not None and not is_readable(bias):
+            what = f"{bias.dtype} with stride {bias.stride()[0]} at {bias.data_ptr():#x}"
+            needed = f"{torch.bfloat16} with stride 1 at a multiple of {ALIGNMENT_BYTES}"
+            return "bias", f"the bias is {what}, must be {needed}"
         return "alignment", f"tensors must start at a multiple of {ALIGNMENT_BYTES} bytes"
 
 
@@ -461,18 +477,18 @@ def _announce(plan: Plan) -> None:
 def _warn_at_load(plan: Plan) -> bool:
     """Warns where what was asked for, or what `auto` would take, cannot serve; says if so."""
     decision = plan.decision
-    wanted = plan.requested in BACKENDS or decision.unavailable
-    if decision.backend is not None or not wanted:
+    if not decision.disappoints(plan.requested):
         return False
-    _warn_once(plan.requested, decision.reason, decision.reason)
+    server = "SGLang's own path" if decision.backend is None else decision.backend.name
+    _warn_once(plan.requested, decision.reason, decision.reason, server)
     return True
 
 
-def _warn_once(requested: str, condition: str, reason: str) -> None:
+def _warn_once(
+    requested: str, condition: str, reason: str, server: str = "SGLang's own path"
+) -> None:
     """One warning a process for each condition, whatever the values that failed it."""
     if (requested, condition) in _warned:
         return
     _warned.add((requested, condition))
-    logger.warning(
-        "Router GEMM (backend %s): SGLang's own path serves instead: %s.", requested, reason
-    )
+    logger.warning("Router GEMM (backend %s): %s serves instead: %s.", requested, server, reason)
