@@ -10,12 +10,30 @@ import pytest
 import torch
 
 from sglang.srt.layers.moe_router import jit
-from sglang.srt.layers.moe_router.kernel import Run, device_sm
+from sglang.srt.layers.moe_router.kernel import Run, Target, device_sm
 from sglang.srt.layers.moe_router.plan import make_plan
 from sglang.srt.models.deepseek_v2_gate import plan_gate
 
 SM = device_sm(torch.device("cuda", 0)) or 0
 """Of the first GPU; 0 where there is none, and the tests are skipped."""
+
+_DEVICE = torch.device("cuda", 0)
+# DeepSeek-V3, GLM-4.5, LongCat-Flash with its narrow tiles up to M = 8, gpt-oss.
+TARGETS = (
+    Target(_DEVICE, SM, 256, 7168),
+    Target(_DEVICE, SM, 160, 5120, torch.float32),
+    Target(_DEVICE, SM, 768, 6144, torch.float32),
+    Target(_DEVICE, SM, 128, 2880, logits_dtype=torch.bfloat16, bias=True),
+)
+"""A gate of each form that `cluster` has, for what must hold for all of them."""
+each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+
+
+def random_bias(target: Target) -> torch.Tensor | None:
+    """A fresh one; None where the gate has none."""
+    if not target.bias:
+        return None
+    return torch.randn(target.num_experts, dtype=torch.bfloat16, device="cuda")
 
 
 def run_of(

@@ -8,11 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_inputs, relative_error
-from on_gpu import SM, assert_sanitized, build_program, gate_with, run_of
+from on_gpu import (
+    SM,
+    assert_sanitized,
+    build_program,
+    each_target,
+    gate_with,
+    random_bias,
+    run_of,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sglang.srt.layers.moe_router import cluster_router_gemm as cluster
 from sglang.srt.layers.moe_router import jit
+from sglang.srt.layers.moe_router.kernel import Target
 from sglang.srt.layers.moe_router.ops import cluster_router_gemm
 from sglang.srt.models.deepseek_v2_gate import router_logits
 from sglang_router_gemm.check import deepseek_v2_gate, sglang_gate
@@ -28,8 +37,10 @@ SHAPES += [(16, 512), (48, 1536), (256, 3584), (512, 8192)]
 # Where the last warps have no chunk of K: gpt-oss, Kimi-Linear, and as few as can be.
 SHAPES += [(128, 2880), (256, 2304), (128, 1088), (32, 64)]
 WEIGHTS = [(*shape, torch.bfloat16) for shape in SHAPES]
-# GLM-4.5, GLM-4.5-Air, MiniMax-M2, GLM-4.7-Flash, Hy4, LongCat-Flash.
+# GLM-4.5, GLM-4.5-Air, MiniMax-M2, GLM-4.7-Flash, Hy4, LongCat-Flash, and the ends of the rule: the
+# most that a CTA holds, with wide tiles for every M and with narrow ones for few.
 FP32_SHAPES = [(160, 5120), (128, 4096), (256, 3072), (64, 2048), (256, 2816), (768, 6144)]
+FP32_SHAPES += [(512, 8192), (1024, 8192)]
 WEIGHTS += [(*shape, torch.float32) for shape in FP32_SHAPES]
 NUM_TOKENS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 100, 127, 128)
 
@@ -45,11 +56,18 @@ def _poisoned(num_tokens: int, num_experts: int = 256) -> torch.Tensor:
     return torch.full((num_tokens, num_experts), torch.nan, device="cuda")
 
 
-def _run(hidden_states: torch.Tensor, weight: torch.Tensor, pdl: bool = False) -> torch.Tensor:
-    logits = _poisoned(len(hidden_states), len(weight))
+def _run(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    pdl: bool = False,
+) -> torch.Tensor:
+    logits = _poisoned(len(hidden_states), len(weight)).to(logits_dtype)
     num_experts, hidden_size = weight.shape
-    run = run_of("cluster", num_experts, hidden_size, weight.dtype)
-    return run(hidden_states, weight, logits, pdl)
+    options = weight.dtype, logits_dtype, bias is not None
+    run = run_of("cluster", num_experts, hidden_size, *options)
+    return run(hidden_states, weight, logits, pdl, bias)
 
 
 @pytest.mark.parametrize(("num_experts", "hidden_size", "dtype"), WEIGHTS)
@@ -61,7 +79,7 @@ def test_numbers_and_bits_of_a_row(num_experts: int, hidden_size: int, dtype: to
         all_rows = _run(hidden_states, weight)
         for num_tokens in NUM_TOKENS:
             for pdl in (True, False):
-                logits = _run(hidden_states[:num_tokens], weight, pdl)
+                logits = _run(hidden_states[:num_tokens], weight, pdl=pdl)
                 error = relative_error(logits, hidden_states[:num_tokens], weight)
                 assert error < MAX_RELATIVE_ERROR, (num_tokens, pdl)
                 assert torch.equal(logits, all_rows[:num_tokens]), (num_tokens, pdl)
@@ -88,11 +106,9 @@ def test_bf16_logits_are_the_sum_rounded_once(
     if bias is not None:
         expected = expected + bias.float()
     expected = expected.bfloat16()
-    run = run_of("cluster", num_experts, hidden_size, dtype, torch.bfloat16, has_bias)
     for num_tokens in NUM_TOKENS:
         for pdl in (True, False):
-            logits = _poisoned(num_tokens, num_experts).bfloat16()
-            run(hidden_states[:num_tokens], weight, logits, pdl, bias)
+            logits = _run(hidden_states[:num_tokens], weight, bias, torch.bfloat16, pdl)
             assert torch.equal(logits, expected[:num_tokens]), (num_tokens, pdl)
 
 
@@ -140,7 +156,7 @@ def test_run_after_run_the_same_bits() -> None:
         first = _run(hidden_states, weight)
         different = torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(1000):
-            different += (_run(hidden_states, weight, True) != first).sum()
+            different += (_run(hidden_states, weight, pdl=True) != first).sum()
         assert int(different) == 0
 
 
@@ -252,18 +268,15 @@ def test_a_bad_argument_is_an_exception_that_names_it(what: str) -> None:
     torch.cuda.synchronize()
 
 
-def test_opcheck() -> None:
-    run_of("cluster")
+@each_target
+def test_opcheck(target: Target) -> None:
+    run_of("cluster", *target.gate)
+    options = random_bias(target), target.logits_dtype
     for num_tokens in (1, 16, 17, 128, 129):
         torch.library.opcheck(
-            torch.ops.sglang.cluster_router_gemm.default, random_inputs(num_tokens, "cuda")
+            torch.ops.sglang.cluster_router_gemm.default,
+            (*random_inputs(num_tokens, "cuda", *target.gate[:3]), *options),
         )
-    run_of("cluster", 128, 2880, logits_dtype=torch.bfloat16, has_bias=True)
-    bias = torch.randn(128, device="cuda", dtype=torch.bfloat16)
-    torch.library.opcheck(
-        torch.ops.sglang.cluster_router_gemm.default,
-        (*random_inputs(8, "cuda", 128, 2880), bias, torch.bfloat16),
-    )
 
 
 @pytest.mark.parametrize("build", [sglang_gate, deepseek_v2_gate])
@@ -302,19 +315,29 @@ def test_graph_and_eager_give_the_same_bits(pdl: str, monkeypatch: pytest.Monkey
             assert torch.equal(logits, _run(hidden_states, weight))
 
 
+@each_target
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 16])
-def test_a_weight_written_just_before_is_seen(num_tokens: int, captured: bool) -> None:
+def test_a_weight_written_just_before_is_seen(
+    target: Target, num_tokens: int, captured: bool
+) -> None:
     """An online weight update right ahead of the gate, with PDL, eager and in one graph."""
-    run_of("cluster")
-    hidden_states, weight = random_inputs(num_tokens, "cuda")
-    sources = [torch.randn_like(weight) for _ in range(2)]
-    expected = [_run(hidden_states, source) for source in sources]
-    chosen = torch.empty_like(weight)
+    run_of("cluster", *target.gate)
+    hidden_states, weight = random_inputs(num_tokens, "cuda", *target.gate[:3])
+    # A bias is in the row behind its weight: one kernel, the last before the gate, writes both.
+    written = torch.cat([weight, weight[:1]])
+    sources = [torch.randn_like(written) for _ in range(2)]
+
+    def parts(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        bias = rows[-1, : target.num_experts] if target.bias else None
+        return rows[:-1], bias
+
+    expected = [_run(hidden_states, *parts(source), target.logits_dtype) for source in sources]
+    chosen = torch.empty_like(written)
 
     def update_and_call() -> torch.Tensor:
-        torch.add(chosen, 0, out=weight)  # a kernel, not a memcpy
-        return cluster_router_gemm(hidden_states, weight)
+        torch.add(chosen, 0, out=written)  # a kernel, not a memcpy
+        return cluster_router_gemm(hidden_states, *parts(written), target.logits_dtype)
 
     graph = torch.cuda.CUDAGraph()
     update_and_call()

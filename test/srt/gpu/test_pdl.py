@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import SM, run_of
+from on_gpu import SM, TARGETS, each_target, random_bias, run_of
 
 from sglang.srt.layers.moe_router import cluster_router_gemm as cluster
 from sglang.srt.layers.moe_router import jit
-from sglang.srt.layers.moe_router.kernel import Run
+from sglang.srt.layers.moe_router.kernel import Run, Target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("publish_server_args")]
 
 CSRC = Path(__file__).parent / "csrc"
 LAYERS = 58
 REPLAYS = 10_000
-# Long enough for a gate that does not wait to have read everything, at any clock of an H100.
+# Long enough for a gate that does not wait to have read everything, at any clock of an H100;
+# LongCat-Flash's, the tokens of its first CTAs.
 PRODUCER_CYCLES = 3000
 
 
@@ -30,37 +31,44 @@ def _chain_module() -> Any:
 class Chain:
     """`LAYERS` times producer, gate and consumer, on one stream and under PDL."""
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, target: Target, num_tokens: int) -> None:
         self.module = _chain_module()
-        self.sources = torch.randn(LAYERS, num_tokens, 7168, dtype=torch.bfloat16, device="cuda")
-        self.hidden_states = torch.empty(num_tokens, 7168, dtype=torch.bfloat16, device="cuda")
-        self.logits = torch.full((num_tokens, 256), torch.nan, device="cuda")
-        self.kept = torch.empty(LAYERS, num_tokens, 256, device="cuda")
+        rows, (num_experts, hidden_size) = (LAYERS, num_tokens), target.gate[:2]
+        self.sources = torch.randn(*rows, hidden_size, dtype=torch.bfloat16, device="cuda")
+        self.biases = [random_bias(target) for _ in range(LAYERS)]
+        self.hidden_states = torch.empty_like(self.sources[0])
+        self.kept = torch.empty(*rows, num_experts, dtype=target.logits_dtype, device="cuda")
+        self.logits = torch.full_like(self.kept[0], torch.nan)
 
     def without_pdl(self, run: Run, weights: torch.Tensor) -> torch.Tensor:
         """Each gate by itself."""
         out = torch.empty_like(self.logits)
-        each = zip(self.sources, weights, strict=True)
-        return torch.stack([run(*operands, out, False).clone() for operands in each])
+        each = zip(self.sources, weights, self.biases, strict=True)
+        return torch.stack(
+            [run(source, weight, out, False, bias).clone() for source, weight, bias in each]
+        )
 
     def with_pdl(self, run: Run, weights: torch.Tensor) -> None:
-        for source, weight, kept in zip(self.sources, weights, self.kept, strict=True):
+        each = zip(self.sources, weights, self.biases, self.kept, strict=True)
+        for source, weight, bias, kept in each:
             self.module.produce(source, self.hidden_states, PRODUCER_CYCLES, True)
-            logits = run(self.hidden_states, weight, self.logits, True)
+            logits = run(self.hidden_states, weight, self.logits, True, bias)
             self.module.consume(logits, kept, self.hidden_states, True)
 
 
-def _mismatches(run: Run, num_tokens: int, replays: int, chains: int = 1, updates: int = 0) -> int:
+def _mismatches(
+    target: Target, run: Run, num_tokens: int, replays: int, chains: int = 1, updates: int = 0
+) -> int:
     """Logits that differ from those without PDL.
 
     Args:
         chains: so many run at once, each on a stream of its own.
         updates: the weights are overwritten so many times, between replays.
     """
-    shape = (2, LAYERS, 256, 7168)
-    generations = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    shape = (2, LAYERS, target.num_experts, target.hidden_size)
+    generations = torch.randn(shape, dtype=target.dtype, device="cuda")
     weights = generations[0].clone()
-    each = [Chain(num_tokens) for _ in range(chains)]
+    each = [Chain(target, num_tokens) for _ in range(chains)]
     expected = [torch.stack([c.without_pdl(run, g) for g in generations]) for c in each]
     current = [generation[0].clone() for generation in expected]
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -84,26 +92,35 @@ def _mismatches(run: Run, num_tokens: int, replays: int, chains: int = 1, update
     return int(wrong)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 16, 64])
-def test_cluster(num_tokens: int) -> None:
-    assert _mismatches(run_of("cluster"), num_tokens, REPLAYS) == 0
+# Every kernel of the first form. Those of the others for fewer tokens are in the tests below.
+@pytest.mark.parametrize(
+    ("target", "num_tokens"),
+    [(TARGETS[0], 1), (TARGETS[0], 16), *((target, 64) for target in TARGETS)],
+    ids=str,
+)
+def test_cluster(target: Target, num_tokens: int) -> None:
+    assert _mismatches(target, run_of("cluster", *target.gate), num_tokens, REPLAYS) == 0
 
 
 @pytest.mark.parametrize("backend", ["flashinfer", "sgl_kernel"])
 def test_the_other_backends(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRTLLM_ENABLE_PDL", "1")  # which sgl-kernel reads
-    assert _mismatches(run_of(backend), 16, REPLAYS) == 0
+    assert _mismatches(TARGETS[0], run_of(backend, *TARGETS[0].gate), 16, REPLAYS) == 0
 
 
-def test_weights_that_are_overwritten_between_replays() -> None:
-    assert _mismatches(run_of("cluster"), 8, REPLAYS, updates=REPLAYS // 4) == 0
+@each_target
+def test_weights_that_are_overwritten_between_replays(target: Target) -> None:
+    run = run_of("cluster", *target.gate)
+    assert _mismatches(target, run, 8, REPLAYS, updates=REPLAYS // 4) == 0
 
 
-def test_two_gates_at_once_on_two_streams() -> None:
-    assert _mismatches(run_of("cluster"), 16, REPLAYS, chains=2) == 0
+@each_target
+def test_two_gates_at_once_on_two_streams(target: Target) -> None:
+    assert _mismatches(target, run_of("cluster", *target.gate), 16, REPLAYS, chains=2) == 0
 
 
-def test_these_tests_can_fail(tmp_path: Path) -> None:
+@each_target
+def test_these_tests_can_fail(target: Target, tmp_path: Path) -> None:
     """The same kernel without its wait reads tokens before they are written."""
     for file in cluster.SOURCE.parent.iterdir():
         shutil.copy(file, tmp_path)
@@ -111,7 +128,7 @@ def test_these_tests_can_fail(tmp_path: Path) -> None:
     wait = 'asm volatile("griddepcontrol.wait;" ::: "memory");'
     assert wait in broken.read_text()
     broken.write_text(broken.read_text().replace(wait, ""))
-    spec = cluster.spec(256, 7168, SM)
+    spec = cluster.spec_of(target)
     module = jit.load(spec._replace(source=tmp_path / cluster.SOURCE.name))
     module.prepare(0)
 
@@ -125,4 +142,4 @@ def test_these_tests_can_fail(tmp_path: Path) -> None:
         module.run(hidden_states, weight, logits, pdl, bias)
         return logits
 
-    assert _mismatches(run, 16, replays=20) > 0
+    assert _mismatches(target, run, 16, replays=20) > 0

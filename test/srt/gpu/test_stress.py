@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -22,37 +23,39 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cluster_backend")]
 CASES = 5000
 REPLAYS = 100_000
 MAX_TOKENS = 128
-SERVED = [(256, 7168), (160, 5120), (48, 1536), (16, 512)]
-SHAPES = [*SERVED, (17, 512), (16, 64)]
+BF16, FP32 = torch.bfloat16, torch.float32
+REPLAYED = [(256, 7168, BF16), (160, 5120, FP32)]
+SERVED = [*REPLAYED, (160, 5120, BF16), (48, 1536, BF16), (16, 512, BF16)]
+WEIGHTS = [*SERVED, (17, 512, BF16), (16, 64, BF16)]
 
 
 @pytest.fixture
 def cluster_backend(monkeypatch: pytest.MonkeyPatch, publish_server_args: object) -> None:
     monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "cluster")
-    for num_experts, hidden_size in SERVED:
-        run_of("cluster", num_experts, hidden_size)
+    for served in SERVED:
+        run_of("cluster", *served)
 
 
 @st.composite
 def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    num_experts, hidden_size = draw(st.sampled_from(SHAPES))
+    num_experts, hidden_size, dtype = draw(st.sampled_from(WEIGHTS))
     num_tokens = draw(st.one_of(st.integers(0, 17), st.integers(0, 140)))
     wrong = draw(st.sampled_from([0] * 9 + [1]))
     devices = draw(st.sampled_from([("cuda", "cuda")] * 9 + [("cuda", "cpu"), ("cpu", "cuda")]))
     plain = draw(st.booleans())  # or the kernel would hardly ever serve
-    return (
-        draw(matrices(num_tokens, hidden_size, devices[0], plain)),
-        draw(matrices(num_experts, hidden_size + wrong, devices[1], plain)),
-    )
+    hidden_states = draw(matrices(num_tokens, hidden_size, devices[0], plain))
+    weight = draw(matrices(num_experts, hidden_size + wrong, devices[1], plain))
+    if dtype == FP32:
+        weight = weight.float() * (4 / 3)  # or bf16 would hold it, and two of its terms be zero
+    return hidden_states, weight
 
 
 def test_random_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = 0
+    served = Counter[torch.dtype]()
 
     def counted(run: Run) -> Run:
         def call(*arguments: Any) -> torch.Tensor:
-            nonlocal served
-            served += 1
+            served[arguments[1].dtype] += 1
             return run(*arguments)
 
         return call
@@ -79,11 +82,15 @@ def test_random_operands(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same_as_fp64(logits, hidden_states, weight)
 
     each_is_right_or_names_the_argument()
-    assert served > CASES // 10
+    assert served[BF16] > CASES // 10
+    assert served[FP32] > CASES // 50
 
 
-def test_graphs_of_every_m_replayed_in_random_order() -> None:
-    hidden_states, weight = random_inputs(MAX_TOKENS, "cuda")
+@pytest.mark.parametrize(("num_experts", "hidden_size", "dtype"), REPLAYED)
+def test_graphs_of_every_m_replayed_in_random_order(
+    num_experts: int, hidden_size: int, dtype: torch.dtype
+) -> None:
+    hidden_states, weight = random_inputs(MAX_TOKENS, "cuda", num_experts, hidden_size, dtype)
     ops.cluster_router_gemm(hidden_states, weight)
     graphs, logits = {}, {}
     pool = torch.cuda.graph_pool_handle()
@@ -91,7 +98,7 @@ def test_graphs_of_every_m_replayed_in_random_order() -> None:
         graphs[num_tokens] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[num_tokens], pool=pool):
             logits[num_tokens] = ops.cluster_router_gemm(hidden_states[:num_tokens], weight)
-    expected = torch.empty(MAX_TOKENS, 256, device="cuda")
+    expected = torch.empty(MAX_TOKENS, num_experts, device="cuda")
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     pick = random.Random(0)
     bytes_taken = 0
