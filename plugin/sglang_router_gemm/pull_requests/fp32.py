@@ -44,8 +44,18 @@ _LOOKUP = (
         "    if not _is_cuda or _device_sm != 90:\n",
     ),
     (
-        "    return NUM_TOKENS.get((num_experts, hidden_size), (1, 0))\n",
-        "    return NUM_TOKENS.get((num_experts, hidden_size, weight_dtype), (1, 0))\n",
+        "    fewest, most = NUM_TOKENS.get((num_experts, hidden_size), (1, 0))\n",
+        "    shape = num_experts, hidden_size\n"
+        "    fewest, most = NUM_TOKENS.get((*shape, weight_dtype), (1, 0))\n",
+    ),
+    (
+        "    # Beyond the 16 of tiny_gemm the user may have chosen what runs.\n"
+        '    if envs.SGLANG_OPT_BF16_FP32_GEMM_ALGO.get() != "cublas":\n',
+        "    # Beyond the 16 of tiny_gemm the user may have chosen what runs with bf16 weights.\n"
+        "    if (\n"
+        "        weight_dtype == torch.bfloat16\n"
+        '        and envs.SGLANG_OPT_BF16_FP32_GEMM_ALGO.get() != "cublas"\n'
+        "    ):\n",
     ),
 )
 

@@ -35,7 +35,11 @@ def cluster_router_gemm_tokens(
 
     from sglang.kernels.ops.gemm.cluster_router_gemm import NUM_TOKENS
 
-    return NUM_TOKENS.get((num_experts, hidden_size), (1, 0))
+    fewest, most = NUM_TOKENS.get((num_experts, hidden_size), (1, 0))
+    # Beyond the 16 of tiny_gemm the user may have chosen what runs.
+    if envs.SGLANG_OPT_BF16_FP32_GEMM_ALGO.get() != "cublas":
+        most = min(most, 16)
+    return fewest, most
 '''
 
 _TOKENS = """\

@@ -40,9 +40,11 @@ def _warp_routing(topk_config: TopKConfig) -> dict[str, int]:
 _TAKES = '''\
 def _takes_warp_routing(router_logits: torch.Tensor, topk_config: TopKConfig) -> bool:
     """Whether moe_route_warp gives what the other kernels give, and was faster."""
+    bias = topk_config.correction_bias
     if (
         not _is_sm90
-        or topk_config.correction_bias is None
+        or bias is None
+        or not can_route_warp(router_logits, bias, **_warp_routing(topk_config))
         or not (topk_config.use_grouped_topk or topk_config.scoring_func == "sigmoid")
         or not topk_config.renormalize
         or topk_config.custom_routing_function is not None
@@ -55,13 +57,9 @@ def _takes_warp_routing(router_logits: torch.Tensor, topk_config: TopKConfig) ->
     ):
         return False
     try:
-        if get_exec().deterministic.enable_deterministic_inference:
-            return False
+        return not get_exec().deterministic.enable_deterministic_inference
     except ValueError:
-        pass  # no server, as in unit tests
-    return can_route_warp(
-        router_logits, topk_config.correction_bias, **_warp_routing(topk_config)
-    )
+        return True  # no server, as in unit tests
 '''
 
 _SELECT = """\

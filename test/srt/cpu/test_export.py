@@ -195,7 +195,9 @@ def test_what_it_brings_knows_neither_this_project_nor_a_setting(pr: str, checko
     added = [line for line in diff.splitlines() if line.startswith("+")]
     forbidden = r"plugin|sglang[-_]router[-_]gemm|environ|getenv|SGLANG_|csrc/ptx|docs/|// @"
     # SGLang's own, which ask for other kernels of its.
-    own = r"envs\.SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK\.get\(\)|_SGLANG_EXPERIMENTAL_LORA_OPTI"
+    names = "SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK", "SGLANG_OPT_BF16_FP32_GEMM_ALGO"
+    own = rf"envs\.({'|'.join(names)})\.(get|override)\("
+    own += r"|sglang\.srt\.environ import envs|_SGLANG_EXPERIMENTAL_LORA_OPTI"
     added = [re.sub(own, "", line) for line in added]
     assert [line for line in added if re.search(forbidden, line, re.IGNORECASE)] == []
 
@@ -981,6 +983,8 @@ asked["cpu"] = who(256, 7168, 8)
 asked["wide"] = who(256, 7168, 8, 90, wide=True)
 asked["wide, SM 100"] = who(256, 7168, 8, 100, wide=True)
 asked["fp32"] = who(256, 7168, 8, 90, router_fp32=True)
+with utils.envs.SGLANG_OPT_BF16_FP32_GEMM_ALGO.override("deep_gemm"):
+    asked["another algorithm"] = [who(256, 7168, num_tokens, 90) for num_tokens in (16, 17)]
 asked["FlashInfer"] = []
 for sm in (80, 89, 90, 100, 103, 107, 120):
     utils._is_cuda, utils._device_sm = True, sm  # on SM 90 the other kernel comes first above
@@ -1010,6 +1014,7 @@ def test_the_gate_takes_a_kernel_where_it_was_measured(
         "wide": tiny,
         "wide, SM 100": tiny,
         "fp32": "the rest",
+        "another algorithm": [cluster, "the rest"],
         "deterministic": "the rest",
     }
     for (num_experts, hidden_size), (_, num_tokens) in gate.taken().items():
@@ -1215,7 +1220,7 @@ def kernel(hidden_states, weight, logits):
     served.append(hidden_states.shape[0])
     logits.copy_(hidden_states.float() @ weight.t())
 
-torch.library.register_kernel("sglang::cluster_router_gemm_bf16", "cpu", kernel)
+torch.library.register_kernel("sglang::cluster_router_gemm_out", "cpu", kernel)
 bags = {each: runtime_context._ConfigBag(each) for each in ("exec", "deterministic")}
 bags["deterministic"]._set("enable_deterministic_inference", False)
 bags["exec"].__dict__["deterministic"] = bags["deterministic"]
@@ -1445,7 +1450,7 @@ print("right")
         *(
             (
                 "cluster_router_gemm",
-                "cluster_router_gemm_bf16",
+                "cluster_router_gemm_out",
                 "hidden_states, weight, logits",
                 dtype,
             )

@@ -361,6 +361,7 @@ __global__ void __launch_bounds__(32 * kTokensOfCta) route_kernel(const Argument
   const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // the same in all lanes: ptxas sees it
   const int token = blockIdx.x * kTokensOfCta + warp;
   prefetch_bias<R>(args.bias);
+  // Whatever starts now must wait before it stores, too: the gate may still be running.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
   if (token >= args.num_tokens) {
@@ -413,6 +414,7 @@ __global__ void __launch_bounds__(32 * (kTokens < kMaxWarps ? kTokens : kMaxWarp
   // Nobody may push before the rows are zero and the barrier is there.
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  // Whatever starts now must wait before it stores, too: the gate may still be running.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
   if (token >= args.num_tokens) {

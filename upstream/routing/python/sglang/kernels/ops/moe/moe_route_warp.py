@@ -42,8 +42,8 @@ def can_route_warp(
     """Whether the kernel takes these operands, and was measured for this routing."""
     return (
         logits.dim() == 2
-        and 1 <= logits.shape[0] <= MAX_NUM_TOKENS
         and (logits.shape[1], num_groups, top_groups, top_k) in ROUTINGS
+        and 1 <= logits.shape[0] <= MAX_NUM_TOKENS
         and num_shared in (0, 1)
         and bias.shape == logits.shape[1:]
         and all(
