@@ -14,7 +14,7 @@ from sglang_router_gemm import __version__, pull_requests
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sglang-router-gemm",
-        description="DeepSeek-V3's router GEMM for SGLang: what runs here, and is it right.",
+        description="The router of MoE models for SGLang: what runs here, and is it right.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -45,7 +45,7 @@ _NOT_ACTIVE = (
 _MEASURED_SMS = BACKENDS["cluster"].measured_sms or ()
 
 
-class Kernel(NamedTuple):
+class Located(NamedTuple):
     """Whether one backend's kernel can be had for one gate."""
 
     problem: str | None
@@ -82,10 +82,10 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
     """
     logits_dtype = asked_logits_dtype(model.logits_dtype, model.bias)
     target = Target(device, sm, *model.gate)._replace(logits_dtype=logits_dtype)
-    asked: dict[str, Kernel] = {}
+    asked: dict[str, Located] = {}
 
     def unavailable(backend: Backend) -> str | None:
-        asked[backend.name] = find_kernel(backend, target)
+        asked[backend.name] = locate_kernel(backend, target)
         return why_not_loaded() or asked[backend.name].problem
 
     decision = decide(requested_backend(), target, unavailable, own_logits_dtype=model.logits_dtype)
@@ -143,20 +143,20 @@ def examine_routing(model: Model, sm: int | None) -> dict[str, Any] | None:
     }
 
 
-def find_kernel(backend: Backend, target: Target) -> Kernel:
+def locate_kernel(backend: Backend, target: Target) -> Located:
     """Whether a backend's kernel can be had, and where it comes from. Builds nothing."""
     problem = backend.missing(target.sm)
     if problem is not None:
-        return Kernel(problem)
+        return Located(problem)
     if backend.find_builder is None:
-        return Kernel(None, "installed")
+        return Located(None, "installed")
     try:
         nvcc = backend.find_builder(target)
     except BuildError as error:
-        return Kernel(f"{backend.kernel} cannot be had: {error}")
+        return Located(f"{backend.kernel} cannot be had: {error}")
     except Exception as error:  # whatever the library raises
-        return Kernel(f"{backend.kernel} cannot be had: {first_line(error)}; {backend.hint}")
-    return Kernel(None, "cached" if nvcc is None else f"builds with {nvcc}")
+        return Located(f"{backend.kernel} cannot be had: {first_line(error)}; {backend.hint}")
+    return Located(None, "cached" if nvcc is None else f"builds with {nvcc}")
 
 
 def why_not_loaded() -> str | None:

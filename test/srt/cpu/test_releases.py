@@ -6,6 +6,7 @@ and read as text; nothing of them is imported.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -76,3 +77,11 @@ def test_the_release_has_what_the_patch_leans_on(release: str, checkout: Path) -
     assert asked in (package / MODEL).read_text(encoding="utf-8")
     naming = [f for f in package.rglob("*.py") if OP in f.read_text(encoding="utf-8")]
     assert naming == ([package / MODEL] if defines_op else [])
+    # A gate that is a linear layer keeps its own forward where that takes anything else.
+    for file, name in (("layers/linear.py", "ReplicatedLinear"), ("models/gpt_oss.py", "TinyGemm")):
+        tree = ast.parse((package / "srt" / file).read_text(encoding="utf-8"))
+        (layer,) = [e for e in tree.body if isinstance(e, ast.ClassDef) and name in e.name]
+        (forward,) = [e for e in layer.body if getattr(e, "name", "") == "forward"]
+        assert isinstance(forward, ast.FunctionDef)
+        assert [each.arg for each in forward.args.args] == ["self", "x"]
+        assert forward.decorator_list == []

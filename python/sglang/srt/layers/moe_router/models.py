@@ -72,7 +72,7 @@ def _cluster(fewest: int, most: int, measured: str) -> Mapping[int, Auto]:
     return {90: Auto("cluster", range(fewest, most + 1), measured)}
 
 
-_EVERY_M = _cluster(1, 128, "2026-11-30")
+_UP_TO_128 = _cluster(1, 128, "2026-11-30")
 
 # SM 90: docs/kernel.md. With fewer bytes of weights SGLang's own is faster at the smallest M.
 MODELS: tuple[Model, ...] = (
@@ -83,25 +83,25 @@ MODELS: tuple[Model, ...] = (
         {**_cluster(1, 128, "2026-11-27"), 100: _BLACKWELL, 103: _BLACKWELL},
         Route(8, 4, 8, auto={90: "2026-11-30"}),
     ),
-    Model("Kimi-K2", 384, 7168, _EVERY_M, _UNGROUPED),
+    Model("Kimi-K2", 384, 7168, _UP_TO_128, _UNGROUPED),
     Model("Mistral Large 3", 128, 7168, _cluster(4, 128, "2026-11-30")),
-    Model("GLM-5", 256, 6144, _EVERY_M, _UNGROUPED),
+    Model("GLM-5", 256, 6144, _UP_TO_128, _UNGROUPED),
     Model("DeepSeek-V2", 160, 5120, _cluster(2, 128, "2026-11-30")),
-    Model("DeepSeek-V4-Flash", 256, 4096, _EVERY_M),
-    Model("GLM-5.3-Flash", 288, 4096, _EVERY_M),  # Step-3.5's, too
-    Model("DeepSeek-V4.1", 384, 5120, _EVERY_M),
-    Model("GLM-4.5", 160, 5120, _EVERY_M, _UNGROUPED, dtype=torch.float32),
-    Model("GLM-4.5-Air", 128, 4096, _EVERY_M, _UNGROUPED, dtype=torch.float32),
-    Model("MiniMax-M2", 256, 3072, _EVERY_M, _UNGROUPED, dtype=torch.float32),
-    Model("MiMo-V2-Flash", 256, 4096, _EVERY_M, dtype=torch.float32),
-    Model("Hy4", 256, 2816, _EVERY_M, dtype=torch.float32),
+    Model("DeepSeek-V4-Flash", 256, 4096, _UP_TO_128),
+    Model("GLM-5.3-Flash", 288, 4096, _UP_TO_128),  # Step-3.5's, too
+    Model("DeepSeek-V4.1", 384, 5120, _UP_TO_128),
+    Model("GLM-4.5", 160, 5120, _UP_TO_128, _UNGROUPED, dtype=torch.float32),
+    Model("GLM-4.5-Air", 128, 4096, _UP_TO_128, _UNGROUPED, dtype=torch.float32),
+    Model("MiniMax-M2", 256, 3072, _UP_TO_128, _UNGROUPED, dtype=torch.float32),
+    Model("MiMo-V2-Flash", 256, 4096, _UP_TO_128, dtype=torch.float32),
+    Model("Hy4", 256, 2816, _UP_TO_128, dtype=torch.float32),
     # From M = 64 on SGLang calls the package hpc, where that is installed; it was not measured.
     Model("LongCat-Flash", 768, 6144, _cluster(1, 63, "2026-11-30"), dtype=torch.float32),
-    Model("Qwen3-235B", 128, 4096, _EVERY_M, logits_dtype=torch.bfloat16),
-    Model("Qwen3-30B", 128, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
-    Model("Qwen3-Next", 512, 2048, _EVERY_M, logits_dtype=torch.bfloat16),
-    Model("Kimi-Linear", 256, 2304, _EVERY_M, logits_dtype=torch.bfloat16),
-    Model("gpt-oss-120b", 128, 2880, _EVERY_M, logits_dtype=torch.bfloat16, bias=True),
+    Model("Qwen3-235B", 128, 4096, _UP_TO_128, logits_dtype=torch.bfloat16),
+    Model("Qwen3-30B", 128, 2048, _UP_TO_128, logits_dtype=torch.bfloat16),
+    Model("Qwen3-Next", 512, 2048, _UP_TO_128, logits_dtype=torch.bfloat16),
+    Model("Kimi-Linear", 256, 2304, _UP_TO_128, logits_dtype=torch.bfloat16),
+    Model("gpt-oss-120b", 128, 2880, _UP_TO_128, logits_dtype=torch.bfloat16, bias=True),
 )
 
 DEEPSEEK_V3 = MODELS[0]
