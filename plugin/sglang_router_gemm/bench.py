@@ -48,7 +48,8 @@ def run(model: Path | None, shape: Sequence[int] | None, as_json: bool) -> int:
         as_json: print JSON instead.
 
     Returns:
-        1 where there is no GPU, the model has no gate, or SGLang's own cannot be timed; else 0.
+        1 where there is no GPU, the plugin hooks no gate of the model, the benchmark has nothing
+        that does what SGLang's own does, or that cannot be timed; else 0.
     """
     from router_gemm_benchmark.timing import LINKS
 
@@ -150,7 +151,7 @@ def by_setting(
     settings = {OFF: own} | {name: {**own, **us[name]} for name in us if name != own_name}
     taken = decide(AUTO, target, lambda backend: None)
     served = us.get(taken.backend.name, {}) if taken.backend is not None else {}
-    return settings | {AUTO: own | {m: us for m, us in served.items() if m in taken.num_tokens}}
+    return settings | {AUTO: own | {m: served[m] for m in served if m in taken.num_tokens}}
 
 
 def recommend(settings: Mapping[str, Mapping[int, float]]) -> str:

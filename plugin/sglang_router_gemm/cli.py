@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure what each backend gains on this GPU, and say which setting to use",
         description="Times SGLang's own gate and every backend in turn, in CUDA graphs behind the "
         "kernel that SGLang runs before the gate, after comparing all with fp64. Takes a minute, "
-        "and longer where kernels have to be built. Exits with 1 without a GPU.",
+        "and longer where kernels have to be built. Exits with 1 where there is no GPU, or where "
+        "the plugin hooks no gate of the model, or nothing that does the same can be timed.",
     )
     _add_whose_gate(bench, "measure for it (default: DeepSeek-V3)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -27,7 +27,7 @@ from sglang.srt.layers.moe_router.jit import BuildError, find_nvcc
 from sglang.srt.layers.moe_router.kernel import Target, device_sm
 from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, MODELS, Model
 from sglang.srt.layers.moe_router.packages import first_line, installed_versions
-from sglang.srt.layers.moe_router.plan import decide
+from sglang.srt.layers.moe_router.plan import Decision, decide
 from sglang.srt.layers.moe_router.route import Asked
 from sglang.srt.layers.moe_router.route import decide as decide_route
 from sglang_router_gemm.contract import examine as examine_contract
@@ -86,9 +86,13 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
 
     def unavailable(backend: Backend) -> str | None:
         asked[backend.name] = locate_kernel(backend, target)
-        return why_not_loaded() or asked[backend.name].problem
+        return asked[backend.name].problem
 
-    decision = decide(requested_backend(), target, unavailable, own_logits_dtype=model.logits_dtype)
+    not_loaded, requested = why_not_loaded(), requested_backend()
+    if not_loaded is None:
+        decision = decide(requested, target, unavailable, own_logits_dtype=model.logits_dtype)
+    else:
+        decision = Decision(None, range(0), not_loaded, unavailable=True)
     wide = decision.backend is not None and logits_dtype != model.logits_dtype
     others = "torch" if wide else "sglang"
     auto = model.auto.get(sm) if sm is not None else None
@@ -97,7 +101,7 @@ def examine_gate(model: Model, device: torch.device, sm: int | None) -> dict[str
         "num_experts": model.num_experts,
         "hidden_size": model.hidden_size,
         "gate": str(target),
-        "as_asked": not decision.disappoints(requested_backend()),
+        "as_asked": not decision.disappoints(requested),
         "paths": [
             {
                 "num_tokens": num_tokens,

@@ -247,15 +247,12 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
     _plan_after_init(block_class, plan)
 
 
-_NOT_PLAIN = "it is a {}, must be a ReplicatedLinear"
-
-
 def _why_not_planned(linear: Any) -> str | None:
     """Why a gate's layer keeps its own forward, as a phrase; None where ours may be ahead of it."""
     from sglang.srt.layers.linear import ReplicatedLinear
 
     if not isinstance(linear, ReplicatedLinear):
-        return _NOT_PLAIN.format(type(linear).__name__)
+        return f"it is a {type(linear).__name__}, must be a ReplicatedLinear"
     if linear.skip_bias_add:
         return "somebody else adds its bias"
     forward = type(linear).forward
@@ -318,7 +315,6 @@ def patch_method_gate(gate: Gate, model: ModuleType) -> None:
     block_class = _class_of(model, gate.name)
     if block_class is None:
         return
-    from sglang.srt.layers.linear import ReplicatedLinear
     from sglang.srt.models.deepseek_v2_gate import plan_gate, router_logits
 
     attribute = gate.linear
@@ -331,9 +327,8 @@ def patch_method_gate(gate: Gate, model: ModuleType) -> None:
 
     def plan(block: Any) -> None:
         linear = getattr(block, attribute)
-        plain = isinstance(linear, ReplicatedLinear)
-        if not plain or linear.bias is not None:
-            reason = "it adds a bias" if plain else _NOT_PLAIN.format(type(linear).__name__)
+        reason = _why_not_planned(linear) or ("it adds a bias" if linear.bias is not None else None)
+        if reason is not None:
             _say_why_left(f"{model.__name__}.{gate.name}.{attribute}", reason)
             return
         linear.router_block = weakref.ref(block)

@@ -23,13 +23,14 @@ _CAST_MATMUL: _Computed = (Form(), "SGLang fp32 matmul")
 _FP32_LINEAR: _Computed = (_FP32, "SGLang fp32 F.linear")
 _TF32_LINEAR: _Computed = (_FP32, "SGLang TF32 F.linear")
 _BF16_LINEAR: _Computed = (_BF16_LOGITS, "F.linear")
+_FP32_ROUNDED: _Computed = (_BF16_LOGITS._replace(dtype=torch.float32), None)
 
 # By architecture, those of the classes that the plugin hooks (`models.GATES`, and `MoEGate`).
 _GATES: Mapping[str, _Computed] = {
     "BailingMoEForCausalLM": _BF16_LINEAR,
     "BailingMoeForCausalLM": _BF16_LINEAR,
     "BailingMoeV2ForCausalLM": _BF16_LINEAR,
-    "BailingMoeV2_5ForCausalLM": _BF16_LINEAR,
+    "BailingMoeV2_5ForCausalLM": _FP32_ROUNDED,
     "BeamForCausalLM": (_FP32, None),
     "DeepseekOCRForCausalLM": _MOE_GATE,
     "DeepseekV2ForCausalLM": _MOE_GATE,
@@ -53,6 +54,7 @@ _GATES: Mapping[str, _Computed] = {
     "InternS1ForConditionalGeneration": _BF16_LINEAR,
     "InternS1ProForConditionalGeneration": _BF16_LINEAR,
     "InternS2MobiusForConditionalGeneration": _BF16_LINEAR,
+    "InternS2PreviewForConditionalGeneration": _BF16_LINEAR,
     "KimiK25ForConditionalGeneration": _MOE_GATE,
     "KimiLinearForCausalLM": _BF16_LINEAR,
     "KimiVLForConditionalGeneration": _MOE_GATE,
@@ -61,14 +63,16 @@ _GATES: Mapping[str, _Computed] = {
     "MiMoV2FlashForCausalLM": _FP32_LINEAR,
     "MiMoV2ForCausalLM": _FP32_LINEAR,
     "MiniMaxM2ForCausalLM": _TF32_LINEAR,
-    "MiniMaxM3SparseForCausalLM": _FP32_LINEAR,
-    "MiniMaxM3SparseForConditionalGeneration": _FP32_LINEAR,
+    "MiniMaxM3SparseForCausalLM": (Form(), None),
+    "MiniMaxM3SparseForConditionalGeneration": (Form(), None),
     "MistralLarge3ForCausalLM": _MOE_GATE,
+    "PixtralForConditionalGeneration": _MOE_GATE,  # Mistral Large 3, where it has experts
     "Qwen2MoeForCausalLM": _BF16_LINEAR,
     "Qwen3_5MoeForCausalLM": _BF16_LINEAR,
     "Qwen3_5MoeForConditionalGeneration": _BF16_LINEAR,
     "Qwen3MoeForCausalLM": _BF16_LINEAR,
     "Qwen3NextForCausalLM": _BF16_LINEAR,
+    "Qwen3OmniMoeForConditionalGeneration": _BF16_LINEAR,
     "Qwen3VLMoeForConditionalGeneration": _BF16_LINEAR,
     "Qwen4ExpForConditionalGeneration": _BF16_LINEAR,
     "SarvamMoEForCausalLM": _BF16_LINEAR,
@@ -77,6 +81,10 @@ _GATES: Mapping[str, _Computed] = {
 }
 
 _NUM_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+_NUM_GROUPS = ("n_group", "num_expert_group")
+# Where the config of a model that sees or hears has that of its language model.
+_PARTS = ("text_config", "language_config", "llm_config")
 # How many layers have no experts, or, in Step's, which ones have: "3,4,5".
 _FIRST, _CHOSEN = ("first_k_dense_replace", "moe_layer_start_index"), "moe_layers_enum"
 
@@ -122,7 +130,9 @@ def read_gate(path: Path) -> GateConfig:
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     whole = config if isinstance(config, dict) else {}
-    for part in (whole, whole.get("text_config")):
+    thinker = whole.get("thinker_config")
+    holders = (whole, thinker if isinstance(thinker, dict) else {})
+    for part in (whole, *(holder.get(name) for holder in holders for name in _PARTS)):
         if isinstance(part, dict):
             num_experts = next((part[name] for name in _NUM_EXPERTS if part.get(name)), None)
             hidden_size = part.get("hidden_size")
@@ -144,17 +154,18 @@ def read_gate(path: Path) -> GateConfig:
 
 def _computed(file: Path, architectures: Sequence[str], config: Mapping[str, object]) -> _Computed:
     for name in architectures:
+        computed = _GATES.get(name)
+        if computed is None:
+            continue
         if name.startswith("MiMoV2") and config.get("moe_router_dtype") == "bfloat16":
             return _CUBLAS
         if name.startswith("Step3p") and not config.get("need_fp32_gate"):
             return _BF16_LINEAR
-        if name.startswith(("BailingMo", "SarvamMoE")) and config.get("router_dtype") == "fp32":
-            return _BF16_LOGITS._replace(dtype=torch.float32), None
-        computed = _GATES.get(name)
+        if name.startswith(("BailingMo", "SarvamMoE")) and config.get("router_dtype") is not None:
+            return _FP32_ROUNDED if config["router_dtype"] == "fp32" else _BF16_LINEAR
         if computed == _MOE_GATE and config.get("router_fp32"):
             return _FP32_MOE_GATE
-        if computed is not None:
-            return computed
+        return computed
     if architectures:
         raise ConfigError(
             f"{file} is of {' or '.join(architectures)}, must be of a model whose gate is hooked: "
@@ -164,8 +175,9 @@ def _computed(file: Path, architectures: Sequence[str], config: Mapping[str, obj
 
 
 def _routing(config: Mapping[str, object]) -> tuple[int, int, int] | None:
-    top_k = config.get("num_experts_per_tok") or config.get("moe_topk")
-    groups, top_groups = config.get("n_group") or 1, config.get("topk_group") or 1
+    top_k = next((config[name] for name in _TOP_K if config.get(name)), None)
+    groups = next((config[name] for name in _NUM_GROUPS if config.get(name)), 1)
+    top_groups = config.get("topk_group") or 1
     if not (isinstance(top_k, int) and isinstance(groups, int) and isinstance(top_groups, int)):
         return None
     return groups, top_groups, top_k

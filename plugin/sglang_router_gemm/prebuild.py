@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from sglang.srt.layers.moe_router.kernel import Target
 
-    Gate = tuple[int, int, torch.dtype, torch.dtype, bool]
+    Computed = tuple[int, int, torch.dtype, torch.dtype, bool]
 
 ARCH_LIST = "FLASHINFER_CUDA_ARCH_LIST"
 
@@ -101,7 +101,7 @@ def run(
 # ---- What to build -----------------------------------------------------------------------------
 
 
-def _gates(model: Path | None, shape: Sequence[int] | None) -> list[Gate]:
+def _gates(model: Path | None, shape: Sequence[int] | None) -> list[Computed]:
     """What the gates to build for compute."""
     from sglang.srt.layers.moe_router.models import MODELS
 
@@ -116,7 +116,7 @@ def _gates(model: Path | None, shape: Sequence[int] | None) -> list[Gate]:
 
 
 def plan_jobs(
-    backend: str | None, archs: Sequence[str] | None, gates: Sequence[Gate]
+    backend: str | None, archs: Sequence[str] | None, gates: Sequence[Computed]
 ) -> dict[str, list[Job]]:
     """The kernels to build, by the `FLASHINFER_CUDA_ARCH_LIST` to build them with.
 

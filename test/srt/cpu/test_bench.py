@@ -151,7 +151,10 @@ def test_the_layers_are_those_with_experts(tmp_path: Path) -> None:
         ("DeepseekV3ForCausalLM", {"router_fp32": True}, (FP32, FP32, False), OWN_NAME),
         ("BailingMoeV2ForCausalLM", {}, (BF16, BF16, False), "F.linear"),
         ("BailingMoeV2ForCausalLM", {"router_dtype": "fp32"}, (FP32, BF16, False), None),
+        ("BailingMoeV2_5ForCausalLM", {}, (FP32, BF16, False), None),
+        ("BailingMoeV2_5ForCausalLM", {"router_dtype": "bf16"}, (BF16, BF16, False), "F.linear"),
         ("BeamForCausalLM", {}, (FP32, FP32, False), None),
+        ("MiniMaxM3SparseForCausalLM", {}, (BF16, FP32, False), None),
         ("Qwen3MoeForCausalLM", {}, (BF16, BF16, False), "F.linear"),
         ("Qwen3MoeForCausalLM", {"moe_router_dtype": "bfloat16"}, (BF16, BF16, False), "F.linear"),
         ("KimiLinearForCausalLM", {}, (BF16, BF16, False), "F.linear"),
@@ -178,18 +181,26 @@ def test_what_the_gate_of_a_model_computes(
     assert (gate.shape, gate.form, gate.own) == ((128, 4096), form, own)
 
 
-def test_a_model_whose_gate_is_not_hooked_is_none(tmp_path: Path) -> None:
-    config = {"architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_experts": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="is of MixtralForCausalLM, must be of a model whose"):
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "BailingMoeV3ForCausalLM"])
+def test_a_model_whose_gate_is_not_hooked_is_none(name: str, tmp_path: Path) -> None:
+    config = {"architectures": [name], "hidden_size": 4096, "num_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"router_dtype": "fp32"}))
+    with pytest.raises(ConfigError, match=f"is of {name}, must be of a model whose gate is"):
         read_gate(tmp_path)
 
 
-def test_a_part_of_a_config_may_name_the_architecture(tmp_path: Path) -> None:
-    part = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "num_experts": 128}
-    config = {"architectures": ["ASightedModel"], "text_config": part}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_gate(tmp_path).own == "F.linear"
+@pytest.mark.parametrize(
+    "names",
+    [("text_config",), ("language_config",), ("llm_config",), ("thinker_config", "text_config")],
+)
+def test_a_part_of_a_config_may_have_the_gate(names: tuple[str, ...], tmp_path: Path) -> None:
+    part: dict[str, object] = {"hidden_size": 4096, "num_experts": 128}
+    part["architectures"] = ["Qwen3MoeForCausalLM"]
+    for name in reversed(names):
+        part = {name: part}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["ASightedModel"]} | part))
+    gate = read_gate(tmp_path)
+    assert (gate.shape, gate.own) == ((128, 4096), "F.linear")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +209,9 @@ def test_a_part_of_a_config_may_name_the_architecture(tmp_path: Path) -> None:
         ({"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}, (8, 4, 8)),
         ({"num_experts_per_tok": 8}, (1, 1, 8)),
         ({"n_group": None, "moe_topk": 12}, (1, 1, 12)),
+        ({"num_expert_group": 4, "topk_group": 2, "num_experts_per_token": 6}, (4, 2, 6)),
+        ({"moe_top_k": 8}, (1, 1, 8)),
+        ({"moe_k": 6}, (1, 1, 6)),
         ({"moe_topk": [8, 8]}, None),
         ({}, None),
     ],
@@ -260,31 +274,40 @@ def test_the_table_is_of_sglangs_classes_and_settings() -> None:
 
 
 # No model of experts; no gate of ours: Kimi-K3's is part of a GEMM, Ling 3 calls another kernel,
-# SarvamMLA's block has a linear layer of its own.
+# Ernie's vision model and SarvamMLA have a layer of their own, UnlimitedOCR the first DeepSeek's.
 _LEFT = {
     "BailingMoeV3ForCausalLM",
+    "BailingMoeV3VLForConditionalGeneration",
     "Ernie4_5_ForCausalLM",
+    "Ernie4_5_VLMoeForConditionalGeneration",
     "HunYuanDenseV1ForCausalLM",
     "KimiK3ForConditionalGeneration",
     "KimiK3LinearForCausalLM",
+    "LightOnOCRForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration",
+    "PixtralVisionModel",
+    "Qwen3ASRForConditionalGeneration",
     "Qwen3_5ForCausalLM",
     "Qwen3_5ForConditionalGeneration",
     "SarvamMLAForCausalLM",
+    "UnlimitedOCRForCausalLM",
 }
-# A model's draft has its config; what holds another model says so in its own.
-_LEFT_KINDS = re.compile("NextN|MTP|Eagle|Draft|BailingMM|InternVL")
+# A model's draft has its config, and what holds another model names that in a part of its own.
+_LEFT_KINDS = re.compile("NextN|MTP|Eagle|Draft|DSpark|BailingMM|InternVL|MiniCPM|Nemotron")
 
 
 def test_every_model_with_a_hooked_gate_is_in_the_table() -> None:
-    modules = {"deepseek_v2", *(gate.module for gate in GATES)}
-    imports = re.compile(rf"sglang\.srt\.models\.({'|'.join(map(re.escape, modules))})\b")
+    names = {"deepseek_v2", *(gate.module.split(".")[0] for gate in GATES)}
+    texts = {file.stem: file.read_text() for file in _files("models")}
+    modules: set[str] = set()
+    while modules != names:  # what imports a module that has such a gate, and so on
+        modules = set(names)
+        imports = re.compile(rf"sglang\.srt\.models(\.| import )({'|'.join(modules)})\b")
+        names |= {name for name, text in texts.items() if imports.search(text)}
     found = set()
-    for file in _files("models"):
-        text = file.read_text()
-        entry = re.search(r"^EntryClass\b[^=]*= *(\[[^]]*\]|\w+)", text, re.MULTILINE)
-        if entry and (file.stem in modules or imports.search(text)):
-            found |= set(re.findall(r"\w+", entry[1]))
+    for name in names & texts.keys():
+        entry = re.search(r"^EntryClass\b[^=]*= *(\[[^]]*\]|\w+)", texts[name], re.MULTILINE)
+        found |= set(re.findall(r"\w+", entry[1])) if entry else set()
     left = {name for name in found if _LEFT_KINDS.search(name)} | _LEFT
     assert found - left == _GATES.keys()
 

@@ -185,6 +185,22 @@ def test_fp32_logits(nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each["path"] for each in gpt_oss["paths"]] == ["cluster", "sglang"]
 
 
+def test_fp32_logits_where_the_kernel_cannot_be_had(
+    nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BACKEND, "auto,fp32")
+    (qwen,) = [model for model in MODELS if model.name == "Qwen3-235B"]
+    monkeypatch.setattr(jit, "nvcc_candidates", lambda: iter([tmp_path / "nvcc"]))
+    found = doctor.examine_gate(qwen, GPU, 90)
+    assert [each["path"] for each in found["paths"]] == ["torch"]
+    assert "no nvcc" in found["paths"][0]["reason"]
+    assert not found["as_asked"]
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    found = doctor.examine_gate(qwen, GPU, 90)
+    assert [each["path"] for each in found["paths"]] == ["sglang"]
+    assert "SGLANG_PLUGINS is 'another'" in found["paths"][0]["reason"]
+
+
 def test_a_reason_stands_under_its_row(nvcc: Path) -> None:
     text = doctor.as_text(doctor.examine() | {"models": [_deepseek_v3()]})
     lines = text.splitlines()

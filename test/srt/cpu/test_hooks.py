@@ -336,7 +336,7 @@ def test_fp32_logits_for_whoever_asks(
 
 
 METHOD = """
-import copy, dataclasses, logging
+import copy, dataclasses, functools, logging
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 import torch
 import sglang_router_gemm
@@ -364,6 +364,10 @@ with blocks.one_rank("cpu"), torch.no_grad():
             assert (method(each, hidden_states) == 1).all()
             linear.router_plan = plan
     assert not hasattr(linear, "router_block")
+    layer = type(linear)
+    layer.forward = functools.wraps(layer.forward)(lambda self, x: None)
+    assert not hasattr(blocks.build(gate, 32, 128)[1], "router_plan")
+    layer.forward = layer.forward.__wrapped__
     another, other = blocks.build(gate, 32, 128)
     assert other.router_plan is plan
 print(linear.weight.dtype, plan.target.logits_dtype, served)
@@ -377,6 +381,7 @@ def test_gates_whose_block_multiplies(gate: Gate, fork_python: Callable[..., str
     code = METHOD.format(module=gate.module)
     said = fork_python(code, SGLANG_ROUTER_GEMM_BACKEND="torch")
     assert said.count(f"sglang.srt.models.{gate.module}.{gate.name} is hooked.") == 1
+    assert said.count("SGLang's own serves: another plugin has hooked its forward.") == 1
     if gate.module == "minimax_m3":  # SGLang's own needs CUDA, so nobody knows what it gives
         assert said.count("SGLang's own gate cannot be compared (NotImplementedError") == 1
         assert said.splitlines()[-1] == "torch.bfloat16 torch.float32 False"

@@ -382,6 +382,24 @@ def test_fp32_logits_where_sglangs_own_are_bf16(
             assert same_as_fp64(logits, rows, gate.weight)
 
 
+def test_the_warning_says_that_a_matmul_serves(
+    monkeypatch: pytest.MonkeyPatch,
+    publish_server_args: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_GEMM_BACKEND", "torch,fp32")
+    monkeypatch.setattr("sglang.srt.layers.moe_router.plan._warned", set())
+    gate, plan = _plan_of(lambda gate, x: gate(x), False, torch.bfloat16)
+    few = plan.decision._replace(backend=BACKENDS["cluster"], num_tokens=range(1, 5))
+    gate.router_plan = replace(plan, requested="cluster", decision=few)
+    with torch.no_grad():
+        logits = router_logits(gate, torch.randn(5, 64, dtype=torch.bfloat16))
+    assert logits is not None
+    assert logits.dtype == torch.float32
+    (said,) = [each.getMessage() for each in caplog.records if "instead" in each.getMessage()]
+    assert said.endswith("(backend cluster): torch serves instead: M is 5, must be 1 to 4.")
+
+
 def test_auto_with_fp32_logits_takes_the_row_of_sglangs_own() -> None:
     own = find_model(128, 4096, logits_dtype=torch.bfloat16)
     assert own is not None
@@ -418,6 +436,14 @@ def test_fp32_logits_are_given_also_where_the_backend_cannot(
     assert found.disappoints(requested)
     found = decide(requested, target, lambda backend: "no nvcc")  # SGLang's own are fp32
     assert served(found) == NOBODY
+
+
+def test_no_matmul_stands_in_for_a_weight_that_it_cannot_take() -> None:
+    target = Target(GPU, 90, 128, 4096, torch.float8_e4m3fn)
+    for requested in ("auto", "cluster"):
+        found = decide(requested, target, lambda backend: None, own_logits_dtype=torch.bfloat16)
+        assert served(found) == NOBODY
+        assert "torch.float8_e4m3fn" in found.reason
 
 
 def test_a_bias_that_no_kernel_can_read_is_left_to_sglang() -> None:

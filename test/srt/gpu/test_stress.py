@@ -46,7 +46,9 @@ def operands(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     hidden_states = draw(matrices(num_tokens, hidden_size, devices[0], plain))
     weight = draw(matrices(num_experts, hidden_size + wrong, devices[1], plain))
     if dtype == FP32:
-        weight = weight.float() * (4 / 3)  # or bf16 would hold it, and two of its terms be zero
+        wide = torch.empty_strided(weight.shape, weight.stride(), dtype=FP32, device=weight.device)
+        # As bf16 holds it two of its terms would be zero.
+        weight = wide.copy_(weight.detach().float() * (4 / 3))
     return hidden_states, weight
 
 

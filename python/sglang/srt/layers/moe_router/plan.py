@@ -65,6 +65,7 @@ else:
 logger = logging.getLogger(__name__)
 
 _NO_TOKENS, _EVERY_M = range(0), range(2**63)
+_OWN_PATH = "SGLang's own path"
 
 
 # ---- The decision ------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def decide(
     reason = refusal or unavailable(backend)
     if reason is None:
         return Decision(backend, num_tokens, limit)
-    if matmul is not None:
+    if matmul is not None and matmul.rule.refuse_weight(target) is None:
         num_tokens = matmul.rule.num_tokens
         return Decision(matmul, num_tokens, reason, unavailable=refusal is None, stands_in=True)
     return Decision(None, _NO_TOKENS, reason, unavailable=refusal is None)
@@ -266,7 +267,8 @@ class Plan(OfThisProcess):
             logits = empty_logits(hidden_states, weight, dtype)
             return self.run(hidden_states, weight, logits, self.pdl, bias)
         if not compiling and self.requested != AUTO:
-            _warn_once(self.requested, *self.why_not(hidden_states, weight, forward_batch, bias))
+            why_not = self.why_not(hidden_states, weight, forward_batch, bias)
+            _warn_once(self.requested, *why_not, "torch" if self.serves_every_m else _OWN_PATH)
         return None
 
     def why_not(
@@ -479,14 +481,12 @@ def _warn_at_load(plan: Plan) -> bool:
     decision = plan.decision
     if not decision.disappoints(plan.requested):
         return False
-    server = "SGLang's own path" if decision.backend is None else decision.backend.name
+    server = _OWN_PATH if decision.backend is None else decision.backend.name
     _warn_once(plan.requested, decision.reason, decision.reason, server)
     return True
 
 
-def _warn_once(
-    requested: str, condition: str, reason: str, server: str = "SGLang's own path"
-) -> None:
+def _warn_once(requested: str, condition: str, reason: str, server: str) -> None:
     """One warning a process for each condition, whatever the values that failed it."""
     if (requested, condition) in _warned:
         return
