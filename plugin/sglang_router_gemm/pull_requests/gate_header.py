@@ -13,7 +13,7 @@ from sglang_router_gemm.pull_requests.header import (
     before,
     body,
     decided,
-    laid_out,
+    in_sglangs_style,
     opening_comment,
     renamed,
     replaced,
@@ -324,7 +324,7 @@ def _header(glue: str, csrc: Path, of_weights: _Rules, shape: str) -> str:
         text = replaced(text, f"// @{name}\n", part)
     for rules in (_FP32_LOGITS, of_weights):
         text = _applied(text, rules)
-    return laid_out(without_sections(text))
+    return in_sglangs_style(without_sections(text))
 
 
 def _applied(text: str, rules: _Rules) -> str:

@@ -20,8 +20,8 @@ _INDENT = "  "
 _STYLE = "sglang/kernels/jit/.clang-format"
 
 
-def laid_out(text: str) -> str:
-    """The text as SGLang's clang-format leaves it, whose lines are longer than this tree's.
+def in_sglangs_style(text: str) -> str:
+    """The text with SGLang's macro for a device function, as SGLang's clang-format leaves it.
 
     Raises:
         RuleError: the SGLang that is installed has no such style.
@@ -30,6 +30,7 @@ def laid_out(text: str) -> str:
     if not style.is_file():
         raise RuleError(f"the SGLang that is installed has no {_STYLE}, must have it")
     tool = clang_format.get_executable("clang-format")
+    text = replaced(text, "__device__ __forceinline__", "SGL_DEVICE")
     command = [tool, f"--style=file:{style}", "--assume-filename=header.cuh"]
     done = subprocess.run(
         command, input=text, capture_output=True, text=True, encoding="utf-8", check=True

@@ -8,7 +8,7 @@ from sglang_router_gemm.pull_requests.header import (
     before,
     body,
     decided,
-    laid_out,
+    in_sglangs_style,
     opening_comment,
     replaced,
     without_definition,
@@ -185,4 +185,4 @@ def routing_header(glue: str, csrc: Path) -> str:
         text = decided(text, condition, value)
     for old, new in _REPLACED:
         text = replaced(text, old, new)
-    return laid_out(without_sections(text))
+    return in_sglangs_style(without_sections(text))

@@ -344,7 +344,7 @@ def test_the_header_has_bf16_weights_and_fp32_logits_alone() -> None:
 
 
 def check_that_all_is_called(text: str) -> None:
-    for name in re.findall(r"__forceinline__ \w+\s(\w+)\(", text):
+    for name in re.findall(r"SGL_DEVICE \w+\s(\w+)\(", text):
         assert len(re.findall(rf"\b{name}(?:<[^>]*>)?\(", text)) > 1, f"nobody calls {name}"
 
 
@@ -361,7 +361,7 @@ def test_the_header_of_the_routing_has_one_variant_and_no_plan() -> None:
     text = routing.ROUTING.new_files()[ROUTE_HEADER]
     unused = r"cluster|SumOrder|shared_of_sum|kRenormalize|block_shift|sorted_ids|kMax|barrier|----"
     assert re.findall(unused, text) == []
-    for name in re.findall(r"__forceinline__ \w+(?:<[^>]*>)?\s(\w+)\(", text):
+    for name in re.findall(r"SGL_DEVICE \w+(?:<[^>]*>)?\s(\w+)\(", text):
         assert len(re.findall(rf"\b{name}(?:<[^>]*>)?\(", text)) > 1, f"nobody calls {name}"
 
 
@@ -574,11 +574,12 @@ def test_a_rule_of_the_header_that_finds_nothing(rule: Callable[[], str], proble
 
 
 def test_a_header_is_laid_out_as_sglangs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    long = f"int {'a' * 60} = {'b' * 50};\n"  # 116 columns of 120
-    assert header.laid_out(long.replace("= ", "=\n    ")) == long
+    long = f"SGL_DEVICE int {'a' * 50}() {{\n  return {'b' * 100};\n}}\n"  # 110 columns of 120
+    ours = long.replace("SGL_DEVICE", "__device__ __forceinline__").replace("return ", "return\n")
+    assert header.in_sglangs_style(ours) == long
     monkeypatch.setattr(header, "_STYLE", "sglang/kernels/none")
     with pytest.raises(RuleError, match="no sglang/kernels/none, must have it"):
-        header.laid_out(long)
+        header.in_sglangs_style(ours)
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,7 @@ __global__ void __cluster_dims__(kRanks, 1, 1) __launch_bounds__(S::kThreads, 1)
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   load_tokens(0);
   // Every warp's tokens before any warp's other half, which can wait: memory is busy as it is.
+  // Without it 2.30 us for 2.16 at M = 1, N = 256, K = 7168 (H200). 48 to 192 cycles are alike.
   spin(64);
   load_weights(kWeightLoads / 2, kWeightLoads);
 
