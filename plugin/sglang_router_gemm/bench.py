@@ -19,7 +19,7 @@ from tabulate import tabulate
 from sglang.srt.layers.moe_router.backends import BACKENDS
 from sglang.srt.layers.moe_router.environ import AUTO, OFF
 from sglang.srt.layers.moe_router.kernel import Target, device_sm
-from sglang.srt.layers.moe_router.models import DEEPSEEK_V3
+from sglang.srt.layers.moe_router.models import DEEPSEEK_V3, routing_phrase
 from sglang.srt.layers.moe_router.packages import installed_versions
 from sglang.srt.layers.moe_router.plan import decide
 from sglang_router_gemm.model_config import ConfigError, GateConfig, read_gate
@@ -171,7 +171,7 @@ def as_text(findings: Mapping[str, Any]) -> str:
     calls = [[us_of.get(m) for us_of in (own, *(us[name] for name in names))] for m in NUM_TOKENS]
     lines = [
         f"{findings['gpu']} (SM {findings['sm']}), gate {findings['gate']}",
-        *_routing_line(findings),
+        *_routing(findings),
         f"µs of one call. SGLang's own is {findings['own']}.",
         "",
         _table(("SGLang's", *names), calls, "{:.2f}"),
@@ -188,13 +188,11 @@ def as_text(findings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _routing_line(findings: Mapping[str, Any]) -> list[str]:
+def _routing(findings: Mapping[str, Any]) -> list[str]:
     if findings["routing"] is None:
         return []
-    groups, top_groups, top_k = findings["routing"]
-    within = f" in {top_groups} of {groups} groups" if groups > 1 else ""
-    of = f"top {top_k} of {findings['num_experts']} experts{within}"
-    return [f"Behind it, not timed here: {of}."]
+    what = routing_phrase(findings["num_experts"], *findings["routing"])
+    return [f"Behind it, not timed here: {what}."]
 
 
 def _steps(findings: Mapping[str, Any]) -> list[str]:

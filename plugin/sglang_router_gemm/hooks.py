@@ -214,7 +214,7 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
     """The same for a gate of `models.GATES` that is a linear layer in a class."""
     if not _is_there(gate, model):
         return
-    from sglang.srt.models.deepseek_v2_gate import plan_gate
+    from sglang.srt.models.deepseek_v2_gate import plan_gate, say_why_left
 
     assert gate.linear is not None
     attribute = gate.linear
@@ -230,7 +230,7 @@ def patch_linear_gate(gate: Gate, model: ModuleType) -> None:
             return
         reason = _why_not_planned(linear)
         if reason is not None:
-            _say_why_left(f"{model.__name__}.{gate.name}.{attribute}", reason)
+            say_why_left(f"{model.__name__}.{gate.name}.{attribute}", reason)
             return
         linear_class: Any = type(linear)
         asked = gate.fp32_if is not None and getattr(block, gate.fp32_if)
@@ -260,11 +260,6 @@ def _why_not_planned(linear: Any) -> str | None:
         return "another plugin has hooked its forward"
     taken = ", ".join(inspect.signature(forward).parameters)
     return None if taken == "self, x" else f"its forward takes ({taken}), must take (self, x)"
-
-
-@functools.cache  # a line for all layers
-def _say_why_left(name: str, reason: str) -> None:
-    logger.info("Router GEMM: %s: SGLang's own serves: %s.", name, reason)
 
 
 @functools.cache  # one for all layers: gates of one shape share a plan, and so its comparison
@@ -315,7 +310,7 @@ def patch_method_gate(gate: Gate, model: ModuleType) -> None:
     block_class = _class_of(model, gate.name)
     if block_class is None:
         return
-    from sglang.srt.models.deepseek_v2_gate import plan_gate, router_logits
+    from sglang.srt.models.deepseek_v2_gate import plan_gate, router_logits, say_why_left
 
     attribute = gate.linear
     own: Callable[..., torch.Tensor] = getattr(block_class, gate.method)
@@ -329,7 +324,7 @@ def patch_method_gate(gate: Gate, model: ModuleType) -> None:
         linear = getattr(block, attribute)
         reason = _why_not_planned(linear) or ("it adds a bias" if linear.bias is not None else None)
         if reason is not None:
-            _say_why_left(f"{model.__name__}.{gate.name}.{attribute}", reason)
+            say_why_left(f"{model.__name__}.{gate.name}.{attribute}", reason)
             return
         linear.router_block = weakref.ref(block)
         try:

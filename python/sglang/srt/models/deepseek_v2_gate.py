@@ -85,7 +85,7 @@ def plan_gate(
     method = getattr(gate, "quant_method", None)
     plain = type(method) is UnquantizedLinearMethod and not is_cpu()  # for AMX it packs the weight
     if method is not None and not plain:  # its bytes may not be what they seem
-        _say_packed(type(gate).__name__, type(method).__name__)
+        say_why_left(type(gate).__name__, f"{type(method).__name__} may pack its weight")
         return
     gate.router_plan = make_plan(
         gate.weight,
@@ -97,8 +97,9 @@ def plan_gate(
 
 
 @functools.cache  # a line for all layers
-def _say_packed(gate: str, method: str) -> None:
-    logger.info("Router GEMM: %s: SGLang's own serves: %s may pack its weight.", gate, method)
+def say_why_left(gate: str, reason: str) -> None:
+    """Says why a gate gets no plan, as a phrase."""
+    logger.info("Router GEMM: %s: SGLang's own serves: %s.", gate, reason)
 
 
 def router_logits(

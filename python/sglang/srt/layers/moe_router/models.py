@@ -187,6 +187,12 @@ def find_model(
     return next((model for model in MODELS if model.gate == gate), None)
 
 
+def routing_phrase(num_experts: int, num_groups: int, top_groups: int, top_k: int) -> str:
+    """A routing as a person says it."""
+    within = f" in {top_groups} of {num_groups} groups" if num_groups > 1 else ""
+    return f"top {top_k} of {num_experts} experts{within}"
+
+
 def find_route(num_experts: int, num_groups: int, top_groups: int, top_k: int) -> Route | None:
     """The row of this routing, None where the table has none."""
     for model in MODELS:

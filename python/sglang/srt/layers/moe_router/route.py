@@ -30,7 +30,7 @@ from sglang.srt.layers.moe_router.cluster_route import (
 from sglang.srt.layers.moe_router.environ import AUTO, OFF, pdl_enabled, requested_backend
 from sglang.srt.layers.moe_router.isolation import run_isolated
 from sglang.srt.layers.moe_router.kernel import device_sm, is_aligned
-from sglang.srt.layers.moe_router.models import Route, find_route
+from sglang.srt.layers.moe_router.models import Route, find_route, routing_phrase
 from sglang.srt.layers.moe_router.packages import first_line
 from sglang.srt.layers.moe_router.plan import (
     OfThisProcess,
@@ -404,11 +404,10 @@ def _announce(plan: RoutePlan, wanted: bool) -> None:
     if plan.device.type != "cuda":
         return
     asked = plan.asked
-    what = (
-        f"top {asked.columns - asked.num_shared} of {plan.num_experts} experts"
-        + (f" in {asked.top_groups} of {asked.num_groups} groups" if asked.num_groups > 1 else "")
-        + (f", {asked.num_shared} shared" if asked.num_shared else "")
-    )
+    groups, top_k = (asked.num_groups, asked.top_groups), asked.columns - asked.num_shared
+    what = routing_phrase(plan.num_experts, *groups, top_k)
+    if asked.num_shared:
+        what += f", {asked.num_shared} shared"
     if plan.reason is None:
         logger.info(
             "Routing, %s: M 1-%d cluster_route, with the plan of the expert GEMM where the "

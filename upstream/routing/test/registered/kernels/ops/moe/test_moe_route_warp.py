@@ -1,4 +1,4 @@
-"""The top-k by a warp a token against what select_experts runs without it."""
+"""The top-k by a warp a token against what select_experts runs without it, bit for bit."""
 
 import sys
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ from sglang.kernels.ops.moe.moe_route_warp import (
     moe_route_warp,
 )
 from sglang.srt.configs.shared_experts import SharedExpertsConfig
-from sglang.srt.environ import envs
 from sglang.srt.layers.moe import topk
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.test.ci.ci_register import register_cuda_ci
@@ -25,6 +24,8 @@ register_cuda_ci(est_time=180, stage="base-b-kernel-unit", runner_config="1-gpu-
 
 Routing = tuple[int, int, int, int]
 DEEPSEEK: Routing = (256, 8, 4, 8)
+# Triton's sum of the scores has the kernel's order from 3.8 on.
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -74,7 +75,7 @@ def assert_same(found: Any, expected: Any, exact: bool) -> None:
     assert found[2] and not expected[2]
     assert found[1].dtype == torch.int32 and torch.equal(found[1], expected[1])
     bits = [each[0].contiguous().view(torch.int32).long() for each in (found, expected)]
-    # Not exact: Triton may add up eight scores in another order; 4 units were seen.
+    # Not exact: eight sums in another order, by the same rounding; 4 units were seen.
     assert ((bits[0] - bits[1]).abs() <= (0 if exact else 8)).all()
 
 
@@ -90,20 +91,21 @@ def rows(num_experts: int) -> torch.Tensor:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("num_shared", [0, 1])
 @pytest.mark.parametrize("routing", sorted(ROUTINGS))
-def test_like_what_runs_without_it(
+def test_bits_of_what_runs_without_it(
     routing: Routing, num_shared: int, scaled: bool
 ) -> None:
     fields = {"apply_routed_scaling_factor_on_output": scaled}
     asked = config(routing, num_shared, **fields)
     for logits in rows(routing[0]).split(MAX_NUM_TOKENS):
         expected = select_without(logits, asked)
-        assert_same(select(logits, asked), expected, exact=routing[1] > 1)
+        exact = routing[1] > 1 or TRITON >= (3, 8)
+        assert_same(select(logits, asked), expected, exact)
 
 
 def test_a_top_k_that_is_not_of_groups() -> None:
     asked = config((256, 1, 1, 8), use_grouped_topk=False)
     logits = rows(256)[:MAX_NUM_TOKENS]
-    assert_same(select(logits, asked), select_without(logits, asked), exact=False)
+    assert_same(select(logits, asked), select_without(logits, asked), TRITON >= (3, 8))
 
 
 @pytest.mark.parametrize("routing", sorted(ROUTINGS))
@@ -147,10 +149,6 @@ def test_it_leaves_the_rest_alone() -> None:
         deterministic=SimpleNamespace(enable_deterministic_inference=True)
     )
     with patch.object(topk, "get_exec", lambda: execution):
-        assert not takes_it()
-    with patch.object(topk, "fused_topk_deepseek", None):
-        assert not takes_it()
-    with envs.SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK.override(True):
         assert not takes_it()
     bias_a_token = draw(8, 256, seed=3) / 10
     assert not select(draw(8, 256), config(), dynamic_expert_bias=bias_a_token)[2]
